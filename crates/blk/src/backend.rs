@@ -1,0 +1,131 @@
+//! The contract between the virtio-blk device and its storage.
+//!
+//! A [`Backend`] is shared by all queues; each queue's I/O thread opens its own [`Channel`] on it and is the only one
+//! to use that. Work goes down in bursts ([`Channel::submit`]) and comes back in bursts ([`Channel::reap`]), so one
+//! virtual call serves many requests.
+
+use std::os::fd::RawFd;
+use std::sync::Arc;
+
+use virtio::Memory;
+use virtio::ring::{Chains, Token};
+
+/// What kind of storage this is; fixed but for `bytes`, which a resize changes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Geometry {
+    /// Capacity in bytes, a multiple of 512.
+    pub bytes: u64,
+    /// Smallest efficient unit in bytes: 512 or 4096. Offsets and lengths of reads and writes need not be multiples.
+    pub block_bytes: u32,
+    /// Nothing may be written.
+    pub read_only: bool,
+    /// `Flush` does something: writes are not durable before it.
+    pub flush: bool,
+    /// `Discard` is possible.
+    pub discard: bool,
+    /// `WriteZeroes` is possible.
+    pub write_zeroes: bool,
+}
+
+/// What to do. Ranges are checked by the device: they lie within the capacity, and nothing but `Read` and `Flush`
+/// reaches a read-only backend.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OpKind {
+    /// Storage to the chain's writable buffers, all but their last byte.
+    Read,
+    /// The chain's readable buffers, from byte 16 on, to storage.
+    Write,
+    /// All writes that were completed become durable.
+    Flush,
+    /// The range need not be kept; it may read as anything until written.
+    Discard,
+    /// The range reads as zeros.
+    WriteZeroes {
+        /// Space may be given back.
+        unmap: bool,
+    },
+}
+
+/// One request on its way to storage.
+#[derive(Debug)]
+pub struct Op {
+    /// The chain that the request came in; it holds the buffers.
+    pub token: Token,
+    /// What to do.
+    pub kind: OpKind,
+    /// Where, in bytes.
+    pub offset: u64,
+    /// How much, in bytes; 0 for `Flush`.
+    pub len: u64,
+}
+
+/// How a request ended: the status byte of virtio-blk (virtio 1.2, section 5.2.6).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Status {
+    /// Done.
+    Ok = 0,
+    /// Failed.
+    IoError = 1,
+    /// Not something this device does.
+    Unsupported = 2,
+}
+
+/// One request on its way back.
+#[derive(Debug)]
+pub struct Done {
+    /// The chain that the request came in.
+    pub token: Token,
+    /// How it ended.
+    pub status: Status,
+}
+
+/// Why storage could not be opened or resized. The message says what was being done, with what, and what is allowed.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct BackendError(pub String);
+
+/// Storage, shared by the queues of a device.
+pub trait Backend: Send + Sync {
+    /// What kind of storage this is, now.
+    fn geometry(&self) -> Geometry;
+
+    /// Opens a queue's way to the storage. Called on the I/O thread that will use it. `memory` is the guest's, in
+    /// which all buffers lie; `depth` is the most requests that are ever in flight.
+    ///
+    /// # Errors
+    /// A resource is missing; the queue then answers every request with an I/O error.
+    fn channel(&self, memory: &Arc<Memory>, depth: u16) -> Result<Box<dyn Channel>, BackendError>;
+
+    /// Grows or shrinks the storage, or takes over a size that it was given from outside (`bytes` None).
+    ///
+    /// # Errors
+    /// The storage cannot have that size. Nothing was changed.
+    fn resize(&self, bytes: Option<u64>) -> Result<Geometry, BackendError>;
+}
+
+/// One queue's way to the storage.
+pub trait Channel {
+    /// Starts requests from the front of `ops` and removes them; what is left could not be taken now and is offered
+    /// again with the next burst. Requests that are over at once go to `done`.
+    ///
+    /// `chains` holds the buffers. The slices it lends end with the call; the memory they point to stays mapped, and
+    /// the chain's, until its token is in `done`.
+    fn submit(&mut self, ops: &mut Vec<Op>, chains: &Chains, done: &mut Vec<Done>);
+
+    /// Collects requests that are over. Does not block, and costs next to nothing if there are none.
+    fn reap(&mut self, chains: &Chains, done: &mut Vec<Done>);
+
+    /// Requests started and not collected.
+    fn in_flight(&self) -> usize;
+
+    /// A descriptor that becomes readable (edge-triggered) when requests are over, if any ever are later.
+    fn completion_fd(&self) -> Option<RawFd> {
+        None
+    }
+
+    /// The thread is about to sleep: completions must become visible on the descriptor. True if some are waiting.
+    fn arm(&mut self) -> bool {
+        false
+    }
+}

@@ -1,0 +1,159 @@
+//! Shared mappings of files that another process gave us.
+//!
+//! The file is not trusted. It may be shorter than claimed (refused here), be truncated later (caught by the SIGBUS
+//! guard), or live on a file system that a user program serves, where a page fault waits for as long as that program
+//! likes (refused here).
+#![allow(unsafe_code)]
+
+use std::os::fd::AsFd;
+use std::ptr::NonNull;
+
+use rustix::fs::{fstat, fstatfs};
+use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
+
+use super::{Backing, sigbus};
+
+/// `FUSE_SUPER_MAGIC`, linux/magic.h.
+const FUSE_SUPER_MAGIC: u64 = 0x6573_5546;
+/// `HUGETLBFS_MAGIC`, linux/magic.h.
+const HUGETLBFS_MAGIC: u64 = 0x958_458f6;
+const PAGE_BYTES: u64 = 4096;
+
+/// Why a file could not be mapped.
+#[derive(Debug, thiserror::Error)]
+pub enum MappingError {
+    /// Nothing to map, or offset and length leave the 64-bit range.
+    #[error("mapping of {len} bytes at file offset {offset}: it must be non-empty and end below 2^63")]
+    BadRange {
+        /// Offset in the file, in bytes.
+        offset: u64,
+        /// Length in bytes.
+        len: u64,
+    },
+    /// The file ends before the mapping would.
+    #[error("the file has {have} bytes, but the mapping needs {need}")]
+    FileTooShort {
+        /// Size of the file in bytes.
+        have: u64,
+        /// Bytes needed from its start.
+        need: u64,
+    },
+    /// A page fault on this file system could block for ever.
+    #[error("the file is served by a user process (FUSE); guest memory must be a memfd, shared memory or a local file")]
+    UserFileSystem,
+    /// The system refused.
+    #[error("cannot {what}: {source}")]
+    System {
+        /// What was being done.
+        what: &'static str,
+        /// The system's reason.
+        source: rustix::io::Errno,
+    },
+    /// Too many mappings at once.
+    #[error("more than {} shared mappings in this process", sigbus::MAPPINGS_MAX)]
+    TooMany,
+}
+
+/// A readable, writable, shared mapping of part of a file. Unmapped when dropped.
+#[derive(Debug)]
+pub struct Mapping {
+    /// What mmap returned: whole pages of the file system.
+    map: NonNull<u8>,
+    map_len: usize,
+    /// Where in it the bytes asked for begin.
+    skip: usize,
+    len: usize,
+    guard: sigbus::Guard,
+}
+
+// SAFETY: the mapping is plain shared memory; `Backing` hands out its address only.
+unsafe impl Send for Mapping {}
+// SAFETY: as for Send.
+unsafe impl Sync for Mapping {}
+
+impl Mapping {
+    /// Maps the `len` bytes at `offset` of `file`.
+    ///
+    /// # Errors
+    /// See [`MappingError`]. The file may be closed afterwards.
+    pub fn new(file: impl AsFd, offset: u64, len: u64) -> Result<Self, MappingError> {
+        let system = |what| move |source| MappingError::System { what, source };
+        let bad = MappingError::BadRange { offset, len };
+        let end = offset.checked_add(len).filter(|&end| len != 0 && end < 1 << 62).ok_or(bad)?;
+
+        let stat = fstat(&file).map_err(system("examine the file"))?;
+        let have = u64::try_from(stat.st_size).unwrap_or(0);
+        if have < end {
+            return Err(MappingError::FileTooShort { have, need: end });
+        }
+        let kind = fstatfs(&file).map_err(system("examine the file system"))?.f_type as u64;
+        if kind == FUSE_SUPER_MAGIC {
+            return Err(MappingError::UserFileSystem);
+        }
+        // Huge pages can only be mapped and unmapped whole.
+        let page = match kind {
+            HUGETLBFS_MAGIC => (stat.st_blksize as u64).max(PAGE_BYTES),
+            _ => PAGE_BYTES,
+        };
+        let map_offset = offset - offset % page;
+        let map_len = (end - map_offset).next_multiple_of(page) as usize;
+        // SAFETY: a new mapping at an address of the kernel's choice affects no existing memory.
+        let map = unsafe {
+            mmap(
+                std::ptr::null_mut(),
+                map_len,
+                ProtFlags::READ | ProtFlags::WRITE,
+                MapFlags::SHARED | MapFlags::NORESERVE,
+                &file,
+                map_offset,
+            )
+        }
+        .map_err(system("map the file"))?;
+        let Some(guard) = sigbus::Guard::new(map.addr(), map_len, page as usize) else {
+            // SAFETY: mapped just above, not handed out yet.
+            let _ = unsafe { munmap(map, map_len) };
+            return Err(MappingError::TooMany);
+        };
+        let map = NonNull::new(map.cast()).expect("mmap without MAP_FIXED never returns address 0");
+        Ok(Self { map, map_len, skip: (offset - map_offset) as usize, len: len as usize, guard })
+    }
+
+    /// Maps `len` bytes of new anonymous shared memory (a memfd), and returns the file too.
+    ///
+    /// # Errors
+    /// As for [`Mapping::new`], or the file cannot be made.
+    pub fn anonymous(name: &str, len: u64) -> Result<(Self, std::fs::File), MappingError> {
+        use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
+        let system = |what| move |source| MappingError::System { what, source };
+        let fd = memfd_create(name, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)
+            .map_err(system("create shared memory"))?;
+        ftruncate(&fd, len).map_err(system("size shared memory"))?;
+        fcntl_add_seals(&fd, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)
+            .map_err(system("seal shared memory"))?;
+        Ok((Self::new(&fd, 0, len)?, fd.into()))
+    }
+}
+
+impl Backing for Mapping {
+    fn base(&self) -> NonNull<u8> {
+        // SAFETY: `skip` bytes lie before the `len` bytes asked for, inside the mapping.
+        unsafe { self.map.add(self.skip) }
+    }
+
+    fn len(&self) -> usize {
+        self.len
+    }
+
+    fn is_poisoned(&self) -> bool {
+        self.guard.is_poisoned()
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // The guard goes first: a fault in an address range that is no longer ours must not be mended.
+        self.guard.release();
+        // SAFETY: mapped in `new` with this length; segments and areas that point here keep `self` alive.
+        let _ = unsafe { munmap(self.map.as_ptr().cast(), self.map_len) };
+    }
+}

@@ -1,0 +1,121 @@
+//! Pieces of buffers in guest memory.
+//!
+//! A [`Segment`] is made by translation only ([`super::Translator`]), so its bytes are mapped. It holds no reference
+//! count: whoever stores segments keeps the [`super::Memory`] they came from beside them, and lends them out by
+//! reference. It is neither `Clone` nor `Copy`, so none can outlive that memory.
+//!
+//! Bytes are copied with raw pointers. The guest may change them during the copy; the copy then holds a mixture,
+//! which is why every check is made on the copy and never on guest memory.
+#![allow(unsafe_code)]
+
+use core::ptr::{self, NonNull};
+
+/// A piece of a buffer: contiguous in this process, one or more guest pages long.
+///
+/// The layout is that of `struct iovec`, so a list of segments can be handed to the kernel as it is.
+#[derive(Debug)]
+#[repr(C)]
+pub struct Segment {
+    ptr: NonNull<u8>,
+    len: usize,
+}
+
+// SAFETY: a segment is an address and a length; reaching the bytes is sound from any thread, see the module header.
+unsafe impl Send for Segment {}
+// SAFETY: as for Send.
+unsafe impl Sync for Segment {}
+
+impl Segment {
+    /// The caller has checked that `len` bytes at `ptr` lie in a mapping that outlives the segment.
+    #[inline(always)]
+    pub(super) fn new(ptr: NonNull<u8>, len: usize) -> Self {
+        Self { ptr, len }
+    }
+
+    /// Its length in bytes, never 0.
+    #[inline(always)]
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Never true; translation makes no empty segments.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// The address of the first byte in this process, for handing to the kernel.
+    #[inline(always)]
+    #[must_use]
+    pub fn as_ptr(&self) -> *mut u8 {
+        self.ptr.as_ptr()
+    }
+
+    /// Copies from `offset` into `to`; returns the bytes copied, fewer than asked where the segment ends.
+    #[inline(always)]
+    pub fn read(&self, offset: usize, to: &mut [u8]) -> usize {
+        let n = to.len().min(self.len.saturating_sub(offset));
+        // SAFETY: n bytes from `offset` lie within the segment, and `to`, a Rust slice, never overlaps guest memory.
+        unsafe { ptr::copy_nonoverlapping(self.ptr.as_ptr().wrapping_add(offset), to.as_mut_ptr(), n) };
+        n
+    }
+
+    /// Copies `from` to `offset`; returns the bytes copied, fewer than given where the segment ends.
+    #[inline(always)]
+    pub fn write(&self, offset: usize, from: &[u8]) -> usize {
+        let n = from.len().min(self.len.saturating_sub(offset));
+        // SAFETY: as in `read`, with source and destination exchanged.
+        unsafe { ptr::copy_nonoverlapping(from.as_ptr(), self.ptr.as_ptr().wrapping_add(offset), n) };
+        n
+    }
+
+    /// Asks for the cache line of the first byte.
+    #[inline(always)]
+    pub fn prefetch(&self) {
+        super::area::prefetch(self.ptr.as_ptr());
+    }
+}
+
+/// The bytes in all of `segments`.
+#[inline]
+#[must_use]
+pub fn total_len(segments: &[Segment]) -> u64 {
+    segments.iter().map(|s| s.len as u64).sum()
+}
+
+/// Copies the bytes from `offset` on, across segments, into `to`; returns how many there were, at most `to.len()`.
+#[inline]
+pub fn gather(segments: &[Segment], mut offset: usize, to: &mut [u8]) -> usize {
+    let mut copied = 0;
+    for segment in segments {
+        if copied == to.len() {
+            break;
+        }
+        if offset >= segment.len {
+            offset -= segment.len;
+            continue;
+        }
+        copied += segment.read(offset, &mut to[copied..]);
+        offset = 0;
+    }
+    copied
+}
+
+/// Copies `from` to the bytes from `offset` on, across segments; returns how many fitted.
+#[inline]
+pub fn scatter(segments: &[Segment], mut offset: usize, from: &[u8]) -> usize {
+    let mut copied = 0;
+    for segment in segments {
+        if copied == from.len() {
+            break;
+        }
+        if offset >= segment.len {
+            offset -= segment.len;
+            continue;
+        }
+        copied += segment.write(offset, &from[copied..]);
+        offset = 0;
+    }
+    copied
+}

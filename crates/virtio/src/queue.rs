@@ -1,0 +1,354 @@
+//! A virtqueue as a device sees it: chains out, completions in.
+//!
+//! A [`Queue`] belongs to the I/O thread that serves it. It takes chains from the ring in bursts, hands out their
+//! buffers, and publishes completions with one store and at most one call per burst. Its other half, the
+//! [`QueueHandle`], stays with the transport: it replaces the call while the queue runs, and tells where the ring
+//! stands once the queue is gone.
+//!
+//! A broken ring breaks the queue: it takes no more chains, says why once (log, handle, the transport's hook), and
+//! goes on completing what is in flight.
+
+use std::collections::VecDeque;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+
+use crate::call::Call;
+use crate::inflight::SplitInflight;
+use crate::memory::{DirtyLog, GuestAddr, Memory};
+use crate::ring::{Chain, Chains, DeviceRing, RingConfig, RingError, RingState, Token, Used};
+use crate::stats::{QueueCounters, QueueStats};
+
+/// Where writes are logged for a migration.
+#[derive(Clone)]
+pub struct UsedLog {
+    /// The log.
+    pub log: DirtyLog,
+    /// Under which guest address the used ring is logged; None if it is not.
+    pub used_ring: Option<GuestAddr>,
+}
+
+/// All it takes to start a queue.
+pub struct QueueConfig {
+    /// Which queue of the device this is.
+    pub index: u16,
+    /// The features that were negotiated, all of them.
+    pub features: u64,
+    /// The ring.
+    pub ring: RingConfig,
+    /// Where it stands; None as for [`DeviceRing::new`].
+    pub state: Option<RingState>,
+    /// The guest's memory.
+    pub memory: Arc<Memory>,
+    /// Becomes readable when the driver kicks; None if kicks come another way.
+    pub kick: Option<OwnedFd>,
+    /// How completions are announced; None if nobody listens.
+    pub call: Option<Arc<dyn Call>>,
+    /// The dirty log, while a migration runs.
+    pub log: Option<UsedLog>,
+    /// The record of requests in flight, if the front end keeps one.
+    pub inflight: Option<SplitInflight>,
+    /// Called once, on the I/O thread, if the ring turns out to be broken.
+    pub on_error: Option<Box<dyn FnOnce(&RingError) + Send>>,
+}
+
+/// What the two halves share.
+#[derive(Default)]
+struct Shared {
+    /// Counts the changes of `call`.
+    generation: AtomicU32,
+    call: Mutex<Option<Arc<dyn Call>>>,
+    stopped_at: OnceLock<RingState>,
+    error: OnceLock<RingError>,
+    stats: QueueStats,
+}
+
+/// The transport's half of a queue.
+#[derive(Clone)]
+pub struct QueueHandle(Arc<Shared>);
+
+impl QueueHandle {
+    /// Replaces the way completions are announced, from the next one on.
+    pub fn set_call(&self, call: Option<Arc<dyn Call>>) {
+        *self.0.call.lock().unwrap_or_else(PoisonError::into_inner) = call;
+        self.0.generation.fetch_add(1, Ordering::Release);
+    }
+
+    /// Where the ring stands, once the queue has been dropped.
+    #[must_use]
+    pub fn stopped_at(&self) -> Option<RingState> {
+        self.0.stopped_at.get().copied()
+    }
+
+    /// What broke the ring, if something did.
+    #[must_use]
+    pub fn error(&self) -> Option<RingError> {
+        self.0.error.get().copied()
+    }
+
+    /// The queue's counters.
+    #[must_use]
+    pub fn counters(&self) -> QueueCounters {
+        self.0.stats.read()
+    }
+}
+
+/// The device's half of a queue.
+pub struct Queue {
+    index: u16,
+    features: u64,
+    size: u16,
+    ring: DeviceRing,
+    chains: Chains,
+    kick: Option<OwnedFd>,
+    call: Option<Arc<dyn Call>>,
+    generation: u32,
+    shared: Arc<Shared>,
+    log: Option<UsedLog>,
+    inflight: Option<SplitInflight>,
+    in_order: Option<InOrder>,
+    on_error: Option<Box<dyn FnOnce(&RingError) + Send>>,
+    poison_seen: usize,
+    broken: bool,
+}
+
+impl Queue {
+    /// Opens the queue described by `config`. With an inflight record of a service that died, the requests it had in
+    /// flight come first.
+    ///
+    /// # Errors
+    /// The ring is not where `config` says, or cannot be in the state it says.
+    pub fn new(config: QueueConfig) -> Result<(Self, QueueHandle), RingError> {
+        let QueueConfig { index, features, ring, mut state, memory, kick, call, log, mut inflight, on_error } = config;
+        let poison_seen = Memory::poisonings();
+        if let Some(record) = &mut inflight {
+            state = Some(record.recover(&DeviceRing::new(&ring, &memory, None)?));
+        }
+        let shared = Arc::new(Shared { call: Mutex::new(call.clone()), ..Shared::default() });
+        let queue = Self {
+            index,
+            features,
+            size: ring.size,
+            chains: Chains::new(&ring, memory.clone()),
+            ring: DeviceRing::new(&ring, &memory, state)?,
+            kick,
+            call,
+            generation: 0,
+            shared: shared.clone(),
+            log,
+            inflight,
+            in_order: ring.in_order.then(|| InOrder::new(ring.size)),
+            on_error,
+            poison_seen,
+            broken: false,
+        };
+        Ok((queue, QueueHandle(shared)))
+    }
+
+    /// Which queue of the device this is.
+    #[must_use]
+    pub fn index(&self) -> u16 {
+        self.index
+    }
+
+    /// The features that were negotiated.
+    #[must_use]
+    pub fn features(&self) -> u64 {
+        self.features
+    }
+
+    /// Descriptors in the ring; no more chains than this are ever in flight, and tokens' slots are below it.
+    #[must_use]
+    pub fn size(&self) -> u16 {
+        self.size
+    }
+
+    /// The guest's memory.
+    #[must_use]
+    pub fn memory(&self) -> &Arc<Memory> {
+        self.chains.memory()
+    }
+
+    /// The chains in flight.
+    #[inline(always)]
+    #[must_use]
+    pub fn chains(&self) -> &Chains {
+        &self.chains
+    }
+
+    /// The buffers of a chain.
+    #[inline(always)]
+    #[must_use]
+    pub fn chain(&self, token: &Token) -> Chain<'_> {
+        self.chains.get(token)
+    }
+
+    /// Chains taken and not yet completed.
+    #[must_use]
+    pub fn in_flight(&self) -> usize {
+        self.chains.in_flight()
+    }
+
+    /// Whether the ring turned out to be broken.
+    #[must_use]
+    pub fn is_broken(&self) -> bool {
+        self.broken
+    }
+
+    /// The descriptor that becomes readable when the driver kicks.
+    #[must_use]
+    pub fn kick_fd(&self) -> Option<RawFd> {
+        self.kick.as_ref().map(AsRawFd::as_raw_fd)
+    }
+
+    /// Takes up to `max` chains and appends their tokens to `out`. A broken queue has none.
+    #[inline(always)]
+    pub fn pop(&mut self, max: usize, out: &mut Vec<Token>) {
+        let before = out.len();
+        let result = match &mut self.inflight {
+            Some(record) if record.has_resubmissions() => record.resubmit(&self.ring, max, &mut self.chains, out),
+            _ if self.broken => return,
+            _ => self.ring.pop(max, &mut self.chains, out),
+        };
+        let taken = &out[before..];
+        if !taken.is_empty() {
+            self.shared.stats.count_burst(taken.len() as u64);
+            if let Some(record) = &mut self.inflight {
+                for token in taken {
+                    record.take(self.chains.id(token));
+                }
+            }
+            if let Some(order) = &mut self.in_order {
+                order.taken(taken);
+            }
+            if Memory::poisonings() != self.poison_seen && self.memory().is_poisoned() {
+                self.break_ring(RingError::MemoryGone);
+            }
+        }
+        if let Err(error) = result {
+            self.break_ring(error);
+        }
+    }
+
+    /// Gives chains back. The driver sees them after [`Queue::publish`].
+    #[inline(always)]
+    pub fn complete(&mut self, burst: impl Iterator<Item = Used>) {
+        if self.in_order.is_none() && self.log.is_none() && self.inflight.is_none() {
+            return self.ring.push_used(&mut self.chains, burst);
+        }
+        self.complete_with_care(burst);
+    }
+
+    /// Completion with one of the rarer duties.
+    fn complete_with_care(&mut self, burst: impl Iterator<Item = Used>) {
+        for used in burst {
+            let ready = match &mut self.in_order {
+                Some(order) => order.done(used),
+                None => Some(used),
+            };
+            let mut next = ready;
+            while let Some(used) = next.take() {
+                if let Some(log) = &self.log {
+                    for segment in self.chains.get(&used.token).writable {
+                        log.log.mark_segment(self.chains.memory(), segment);
+                    }
+                }
+                if let Some(record) = &mut self.inflight {
+                    record.put(self.chains.id(&used.token));
+                }
+                self.ring.push_used(&mut self.chains, std::iter::once(used));
+                next = self.in_order.as_mut().and_then(InOrder::next_ready);
+            }
+        }
+    }
+
+    /// Shows the driver what was completed, and calls it if it waits for that. Does nothing if nothing is new.
+    #[inline(always)]
+    pub fn publish(&mut self) {
+        if !self.ring.publish() {
+            return;
+        }
+        if let Some(record) = &mut self.inflight {
+            record.published(self.ring.state().used);
+        }
+        if let Some(UsedLog { log, used_ring: Some(addr) }) = &self.log {
+            log.mark(*addr, 6 + 8 * u64::from(self.size));
+        }
+        if self.shared.generation.load(Ordering::Relaxed) != self.generation {
+            self.refresh_call();
+        }
+        let Some(call) = &self.call else {
+            return self.ring.skip_call();
+        };
+        let wanted = self.ring.needs_call();
+        if wanted {
+            call.call();
+        }
+        self.shared.stats.count_call(wanted);
+    }
+
+    /// Asks for kicks; true if chains are waiting already.
+    pub fn arm(&mut self) -> bool {
+        self.shared.stats.count_arm();
+        !self.is_broken() && self.ring.arm()
+    }
+
+    /// Asks for no kicks. One may still come.
+    pub fn disarm(&mut self) {
+        self.ring.disarm();
+    }
+
+    /// Stops taking chains for good: the ring, or what the device found in it, cannot be trusted.
+    #[cold]
+    pub fn break_ring(&mut self, error: RingError) {
+        self.broken = true;
+        if self.shared.error.set(error).is_ok() {
+            tracing::warn!(queue = self.index, %error, "queue stopped: its ring is broken");
+            if let Some(hook) = self.on_error.take() {
+                hook(&error);
+            }
+        }
+    }
+
+    #[cold]
+    fn refresh_call(&mut self) {
+        self.generation = self.shared.generation.load(Ordering::Acquire);
+        self.call = self.shared.call.lock().unwrap_or_else(PoisonError::into_inner).clone();
+    }
+}
+
+impl Drop for Queue {
+    fn drop(&mut self) {
+        let _ = self.shared.stopped_at.set(self.ring.state());
+    }
+}
+
+/// Holds completions back until all earlier ones are done (`VIRTIO_F_IN_ORDER`).
+struct InOrder {
+    /// Slots in the order in which their chains were taken.
+    order: VecDeque<usize>,
+    /// By slot: the completion that waits.
+    done: Box<[Option<Used>]>,
+}
+
+impl InOrder {
+    fn new(size: u16) -> Self {
+        Self { order: VecDeque::with_capacity(size.into()), done: (0..size).map(|_| None).collect() }
+    }
+
+    fn taken(&mut self, tokens: &[Token]) {
+        self.order.extend(tokens.iter().map(Token::slot));
+    }
+
+    fn done(&mut self, used: Used) -> Option<Used> {
+        let slot = used.token.slot();
+        self.done[slot] = Some(used);
+        self.next_ready()
+    }
+
+    fn next_ready(&mut self) -> Option<Used> {
+        let used = self.done[*self.order.front()?].take()?;
+        self.order.pop_front();
+        Some(used)
+    }
+}

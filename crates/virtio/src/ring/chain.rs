@@ -1,0 +1,244 @@
+//! Descriptor chains, from the ring's descriptors to checked segments.
+//!
+//! A chain taken from the ring occupies a slot of [`Chains`] until it is completed. The [`Token`] that names the slot
+//! cannot be copied: whoever holds it owns the request, and giving it back is completing it.
+
+use alloc::boxed::Box;
+use alloc::sync::Arc;
+use alloc::vec::Vec;
+
+use smallvec::SmallVec;
+
+use crate::memory::{Memory, Segment, Translator, gather};
+
+use super::descriptor::{Descriptor, INDIRECT, NEXT, WRITE};
+use super::layout::DESC_BYTES;
+use super::{RingConfig, RingError};
+
+/// The most chains taken from a ring at once.
+pub const CHAINS_PER_BURST_MAX: usize = 64;
+
+/// The most descriptors in one chain, indirect ones included. The same limit as QEMU's (`VIRTQUEUE_MAX_SIZE`) and
+/// the kernel's for one vectored request (`UIO_MAXIOV`), so a chain is always one system call's worth.
+pub const DESCRIPTORS_PER_CHAIN_MAX: u32 = 1024;
+
+/// The right and the duty to complete one chain. Dropping it instead leaves the chain in flight for good.
+#[derive(Debug, PartialEq, Eq)]
+#[must_use = "a chain stays in flight until its token is completed"]
+pub struct Token(u16);
+
+impl Token {
+    /// The slot, below the ring's size: an index for a table of what the device knows about the request.
+    #[inline(always)]
+    #[must_use]
+    pub fn slot(&self) -> usize {
+        usize::from(self.0)
+    }
+}
+
+/// A chain given back to the driver.
+#[derive(Debug)]
+pub struct Used {
+    /// The chain.
+    pub token: Token,
+    /// Bytes written to its device-writable part, from the start.
+    pub written: u32,
+}
+
+/// The buffers of one chain.
+#[derive(Clone, Copy, Debug)]
+pub struct Chain<'a> {
+    /// What the device reads, in order.
+    pub readable: &'a [Segment],
+    /// What the device writes, in order.
+    pub writable: &'a [Segment],
+}
+
+/// One chain in flight.
+#[derive(Default)]
+pub(super) struct Slot {
+    /// What names the chain to the driver: head index (split) or buffer id (packed).
+    pub(super) id: u16,
+    /// Ring descriptors it occupies; only packed rings ask.
+    pub(super) descriptors: u16,
+    readable: u16,
+    segments: SmallVec<[Segment; 4]>,
+}
+
+/// The chains of one queue that are in flight, and the memory their segments point into.
+pub struct Chains {
+    slots: Box<[Slot]>,
+    free: Vec<u16>,
+    translator: Translator,
+    indirect: bool,
+}
+
+impl Chains {
+    /// Room for as many chains as the ring has descriptors.
+    #[must_use]
+    pub fn new(config: &RingConfig, memory: Arc<Memory>) -> Self {
+        Self {
+            slots: (0..config.size).map(|_| Slot::default()).collect(),
+            free: (0..config.size).rev().collect(),
+            translator: Translator::new(memory),
+            indirect: config.indirect,
+        }
+    }
+
+    /// The buffers of a chain.
+    #[inline(always)]
+    #[must_use]
+    pub fn get(&self, token: &Token) -> Chain<'_> {
+        let slot = &self.slots[token.slot()];
+        let (readable, writable) = slot.segments.split_at(usize::from(slot.readable));
+        Chain { readable, writable }
+    }
+
+    /// Chains taken and not yet completed.
+    #[must_use]
+    pub fn in_flight(&self) -> usize {
+        self.slots.len() - self.free.len()
+    }
+
+    /// The memory map in use.
+    #[must_use]
+    pub fn memory(&self) -> &Arc<Memory> {
+        self.translator.memory()
+    }
+
+    /// What names the chain to the driver: head index (split) or buffer id (packed).
+    #[inline(always)]
+    #[must_use]
+    pub fn id(&self, token: &Token) -> u16 {
+        self.slot(token).id
+    }
+
+    #[inline(always)]
+    pub(super) fn slot(&self, token: &Token) -> &Slot {
+        &self.slots[token.slot()]
+    }
+
+    /// Gives the slot back.
+    #[inline(always)]
+    pub(super) fn release(&mut self, token: Token) {
+        self.free.push(token.0);
+    }
+
+    /// Fills a free slot by `walk`, which pushes the chain's descriptors.
+    #[inline(always)]
+    pub(super) fn take(
+        &mut self,
+        head: u16,
+        walk: impl FnOnce(&mut ChainBuilder<'_>) -> Result<(), RingError>,
+    ) -> Result<Token, RingError> {
+        let index =
+            self.free.pop().ok_or(RingError::TooManyChains { size: self.slots.len() as u16 })?;
+        let slot = &mut self.slots[usize::from(index)];
+        slot.segments.clear();
+        slot.id = head;
+        slot.descriptors = 1;
+        slot.readable = 0;
+        let mut builder = ChainBuilder {
+            slot,
+            translator: &mut self.translator,
+            indirect: self.indirect,
+            head,
+            descriptors: 0,
+            writable: false,
+        };
+        if let Err(error) = walk(&mut builder) {
+            self.free.push(index);
+            return Err(error);
+        }
+        if let Some(first) = slot.segments.first() {
+            first.prefetch();
+        }
+        Ok(Token(index))
+    }
+}
+
+/// Collects the descriptors of one chain into its slot, with every check the two formats share.
+pub(super) struct ChainBuilder<'a> {
+    pub(super) slot: &'a mut Slot,
+    translator: &'a mut Translator,
+    indirect: bool,
+    head: u16,
+    descriptors: u32,
+    writable: bool,
+}
+
+impl ChainBuilder<'_> {
+    /// Adds a descriptor's buffer, or the table it points to.
+    #[inline(always)]
+    pub(super) fn push(&mut self, descriptor: Descriptor, flags: u16, packed: bool) -> Result<(), RingError> {
+        if flags & INDIRECT != 0 {
+            return self.push_table(descriptor, flags, packed);
+        }
+        self.push_buffer(descriptor, flags & WRITE != 0)
+    }
+
+    #[inline(always)]
+    fn push_buffer(&mut self, descriptor: Descriptor, writable: bool) -> Result<(), RingError> {
+        let head = self.head;
+        self.descriptors += 1;
+        if self.descriptors > DESCRIPTORS_PER_CHAIN_MAX {
+            return Err(RingError::ChainTooLong { head, limit: DESCRIPTORS_PER_CHAIN_MAX });
+        }
+        if self.writable && !writable {
+            return Err(RingError::ReadableAfterWritable { head });
+        }
+        self.writable = writable;
+        let segments = &mut self.slot.segments;
+        self.translator
+            .translate(descriptor.addr, descriptor.len, |segment| segments.push(segment))
+            .map_err(|source| RingError::BadBuffer { head, source })?;
+        if !writable {
+            // At most one segment per descriptor and region, far below 2^16.
+            self.slot.readable = self.slot.segments.len() as u16;
+        }
+        Ok(())
+    }
+
+    fn push_table(&mut self, table: Descriptor, flags: u16, packed: bool) -> Result<(), RingError> {
+        let head = self.head;
+        if !self.indirect || flags & NEXT != 0 {
+            return Err(RingError::BadIndirect { head });
+        }
+        let max = DESCRIPTORS_PER_CHAIN_MAX * DESC_BYTES as u32;
+        if table.len == 0 || table.len > max || !table.len.is_multiple_of(DESC_BYTES as u32) {
+            return Err(RingError::BadIndirectLen { len: table.len, max });
+        }
+        let mut pieces: SmallVec<[Segment; 2]> = SmallVec::new();
+        self.translator
+            .translate(table.addr, table.len, |piece| pieces.push(piece))
+            .map_err(|source| RingError::BadBuffer { head, source })?;
+        let entries = table.len / DESC_BYTES as u32;
+        let mut index = 0;
+        // Each round adds a descriptor to the count that `push_buffer` limits, so a loop in the table ends.
+        loop {
+            let entry = read_entry(&pieces, index);
+            let flags = if packed { entry.fourth } else { entry.third };
+            if flags & INDIRECT != 0 {
+                return Err(RingError::BadIndirect { head });
+            }
+            self.push_buffer(entry, flags & WRITE != 0)?;
+            // In a packed ring's table the entries follow each other and NEXT means nothing (section 2.8.8).
+            index = match (packed, flags & NEXT != 0) {
+                (true, _) if index + 1 == entries => return Ok(()),
+                (true, _) => index + 1,
+                (false, false) => return Ok(()),
+                (false, true) if u32::from(entry.fourth) < entries => u32::from(entry.fourth),
+                (false, true) => return Err(RingError::BadNext { head, next: entry.fourth, size: entries }),
+            };
+        }
+    }
+}
+
+#[inline(always)]
+fn read_entry(pieces: &[Segment], index: u32) -> Descriptor {
+    let mut raw = [0; DESC_BYTES];
+    let copied = gather(pieces, index as usize * DESC_BYTES, &mut raw);
+    debug_assert_eq!(copied, DESC_BYTES, "the caller keeps the index within the table");
+    let word = |at: usize| u64::from_le_bytes([0, 1, 2, 3, 4, 5, 6, 7].map(|i| raw[at + i]));
+    Descriptor::from_words(word(0), word(8))
+}

@@ -1,0 +1,225 @@
+//! The device end of a packed ring (virtio 1.2, section 2.8).
+
+use alloc::vec::Vec;
+use core::sync::atomic::{Ordering, fence};
+
+use crate::memory::{Area, Memory};
+
+use super::chain::{CHAINS_PER_BURST_MAX, Chains, Token};
+use super::descriptor::{AVAIL, Descriptor, NEXT, USED, WRITE};
+use super::event::need_packed_event;
+use super::layout::{DESC_BYTES, EVENT_BYTES};
+use super::{RING_SIZE_MAX, RingConfig, RingError, RingState};
+
+/// Event suppression flags (section 2.8.10).
+pub(super) const EVENT_ENABLE: u16 = 0;
+pub(super) const EVENT_DISABLE: u16 = 1;
+pub(super) const EVENT_DESC: u16 = 2;
+
+/// An offset in a packed ring with the wrap counter of the side that moves it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Position {
+    pub(super) offset: u16,
+    pub(super) wrap: bool,
+}
+
+impl Position {
+    #[inline(always)]
+    pub(super) fn advance(&mut self, count: u16, size: u16) {
+        // In 32 bits: two numbers up to 32768 do not fit in 16.
+        let next = u32::from(self.offset) + u32::from(count);
+        self.wrap ^= next >= u32::from(size);
+        self.offset = if next >= u32::from(size) { next - u32::from(size) } else { next } as u16;
+    }
+
+    pub(super) fn to_event(self) -> u16 {
+        self.offset | u16::from(self.wrap) << 15
+    }
+}
+
+/// The device end of a packed ring.
+pub struct PackedDevice {
+    size: u16,
+    ring: Area,
+    driver_event: Area,
+    device_event: Area,
+    event_idx: bool,
+    avail: Position,
+    used: Position,
+    /// Descriptors taken and not given back.
+    outstanding: u16,
+    /// The first unpublished used descriptor, whose flags are written last.
+    first: Option<(usize, u16)>,
+    /// Descriptors given back since the driver was last considered for a call.
+    unannounced: u16,
+}
+
+impl PackedDevice {
+    /// Opens the ring described by `config` at `state`; None is a ring that has not been used.
+    ///
+    /// # Errors
+    /// The size is 0 or above 32768, `state` lies outside the ring, or an area is unaligned or not in `memory`.
+    pub fn new(config: &RingConfig, memory: &Memory, state: Option<RingState>) -> Result<Self, RingError> {
+        let size = config.size;
+        if size == 0 || size > RING_SIZE_MAX {
+            return Err(RingError::BadSize(size));
+        }
+        let state = state.unwrap_or(RingState::NEW);
+        for offset in [state.avail, state.used] {
+            if offset >= size {
+                return Err(RingError::BadState(offset, size));
+            }
+        }
+        Ok(Self {
+            size,
+            ring: memory.area(config.desc, usize::from(size) * DESC_BYTES, DESC_BYTES)?,
+            driver_event: memory.area(config.driver, EVENT_BYTES, 4)?,
+            device_event: memory.area(config.device, EVENT_BYTES, 4)?,
+            event_idx: config.event_idx,
+            avail: Position { offset: state.avail, wrap: state.avail_wrap },
+            used: Position { offset: state.used, wrap: state.used_wrap },
+            outstanding: 0,
+            first: None,
+            unannounced: 0,
+        })
+    }
+
+    /// Where the ring stands.
+    #[must_use]
+    pub fn state(&self) -> RingState {
+        RingState {
+            avail: self.avail.offset,
+            used: self.used.offset,
+            avail_wrap: self.avail.wrap,
+            used_wrap: self.used.wrap,
+        }
+    }
+
+    /// Takes up to `max` chains; their tokens are appended to `out`.
+    ///
+    /// # Errors
+    /// The ring is broken. Chains taken before the fault are in `out` and can be completed.
+    #[inline(always)]
+    pub fn pop(&mut self, max: usize, chains: &mut Chains, out: &mut Vec<Token>) -> Result<(), RingError> {
+        for _ in 0..max.min(CHAINS_PER_BURST_MAX) {
+            if !self.is_available() {
+                break;
+            }
+            let (token, count) = self.take(chains)?;
+            self.avail.advance(count, self.size);
+            self.outstanding += count;
+            out.push(token);
+        }
+        Ok(())
+    }
+
+    /// Writes a used descriptor for a chain of `descriptors`. The driver sees it after [`PackedDevice::publish`].
+    #[inline(always)]
+    pub fn push_used(&mut self, id: u16, descriptors: u16, written: u32) {
+        let at = usize::from(self.used.offset) * DESC_BYTES;
+        self.ring.u32(at + 8).store(written, Ordering::Relaxed);
+        self.ring.u16(at + 12).store(id, Ordering::Relaxed);
+        let state = if self.used.wrap { AVAIL | USED } else { 0 };
+        let flags = state | if written > 0 { WRITE } else { 0 };
+        // The driver looks at used descriptors in order, so holding back the first one's flags holds back all.
+        if self.first.is_none() {
+            self.first = Some((at, flags));
+        } else {
+            self.ring.u16(at + 14).store(flags, Ordering::Release);
+        }
+        self.used.advance(descriptors, self.size);
+        self.outstanding -= descriptors;
+        self.unannounced = self.unannounced.saturating_add(descriptors);
+    }
+
+    /// Whether used descriptors wait to be published.
+    #[inline(always)]
+    #[must_use]
+    pub fn has_unpublished(&self) -> bool {
+        self.first.is_some()
+    }
+
+    /// Shows the driver all used descriptors, by one store.
+    #[inline(always)]
+    pub fn publish(&mut self) {
+        if let Some((at, flags)) = self.first.take() {
+            self.ring.u16(at + 14).store(flags, Ordering::Release);
+        }
+    }
+
+    /// Whether the driver wants a call for what was published since the last time this was asked.
+    #[inline(always)]
+    pub fn needs_call(&mut self) -> bool {
+        let count = core::mem::take(&mut self.unannounced);
+        // Our descriptors must be visible before we read what the driver waits for.
+        fence(Ordering::SeqCst);
+        // One read of both fields, so that they belong together.
+        let event = self.driver_event.u32(0).load(Ordering::Relaxed);
+        let (off_wrap, flags) = (event as u16, (event >> 16) as u16 & 3);
+        match flags {
+            EVENT_DISABLE => false,
+            EVENT_DESC if self.event_idx => {
+                need_packed_event(off_wrap, self.used.offset, self.used.wrap, count, self.size)
+            }
+            _ => true,
+        }
+    }
+
+    /// Counts what was published as announced, where nobody listens for calls.
+    #[inline(always)]
+    pub fn skip_call(&mut self) {
+        self.unannounced = 0;
+    }
+
+    /// Asks for kicks; true if chains are waiting already.
+    pub fn arm(&mut self) -> bool {
+        let (off_wrap, flags) =
+            if self.event_idx { (self.avail.to_event(), EVENT_DESC) } else { (0, EVENT_ENABLE) };
+        let event = u32::from(off_wrap) | u32::from(flags) << 16;
+        self.device_event.u32(0).store(event, Ordering::Relaxed);
+        // The request must be visible before we look once more; the driver does the reverse.
+        fence(Ordering::SeqCst);
+        self.is_available()
+    }
+
+    /// Asks for no kicks. One may still come.
+    pub fn disarm(&mut self) {
+        self.device_event.u32(0).store(u32::from(EVENT_DISABLE) << 16, Ordering::Relaxed);
+    }
+
+    #[inline(always)]
+    fn is_available(&self) -> bool {
+        let flags = self.ring.u16(usize::from(self.avail.offset) * DESC_BYTES + 14).load(Ordering::Acquire);
+        (flags & AVAIL != 0) == self.avail.wrap && (flags & USED != 0) != self.avail.wrap
+    }
+
+    /// Reads the chain at the next available position; returns how many ring descriptors it has.
+    #[inline(always)]
+    fn take(&self, chains: &mut Chains) -> Result<(Token, u16), RingError> {
+        let (head, size) = (self.avail.offset, self.size);
+        // Descriptors still in flight cannot be available again, whatever their flags say.
+        let limit = size - self.outstanding;
+        if limit == 0 {
+            return Err(RingError::TooManyChains { size });
+        }
+        let mut count = 0;
+        let token = chains.take(head, |builder| {
+            let mut at = self.avail;
+            while count < limit {
+                let descriptor = Descriptor::load(&self.ring, at.offset);
+                let flags = descriptor.fourth;
+                builder.push(descriptor, flags, true)?;
+                count += 1;
+                at.advance(1, size);
+                if flags & NEXT == 0 {
+                    // The last descriptor carries the buffer id (section 2.8.6).
+                    builder.slot.id = descriptor.third;
+                    builder.slot.descriptors = count;
+                    return Ok(());
+                }
+            }
+            Err(RingError::ChainTooLong { head, limit: limit.into() })
+        })?;
+        Ok((token, count))
+    }
+}
