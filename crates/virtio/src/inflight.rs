@@ -37,7 +37,9 @@ pub enum InflightError {
     #[error("the inflight record has no room for a queue of {0} descriptors at byte {1}")]
     NoRoom(u16, usize),
     /// Written by something else.
-    #[error("inflight record of version {version} for {size} descriptors: expected version {RECORD_VERSION} for {expected}")]
+    #[error(
+        "inflight record of version {version} for {size} descriptors: expected version {RECORD_VERSION} for {expected}"
+    )]
     Mismatch {
         /// The version found.
         version: u16,

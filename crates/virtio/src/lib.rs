@@ -30,6 +30,8 @@ pub use ring::{RingConfig, RingError, RingFormat, RingState};
 mod call;
 #[cfg(feature = "std")]
 mod device;
+#[cfg(feature = "fake")]
+pub mod fake;
 #[cfg(feature = "std")]
 mod inflight;
 #[cfg(feature = "std")]
@@ -44,6 +46,6 @@ pub use device::{ConfigError, ConfigListener, Device, PollerBuilder, SharedMemor
 #[cfg(feature = "std")]
 pub use inflight::{InflightError, SplitInflight};
 #[cfg(feature = "std")]
-pub use queue::{Queue, QueueConfig, QueueHandle, UsedLog};
+pub use queue::{ErrorHook, Queue, QueueConfig, QueueHandle, UsedLog};
 #[cfg(feature = "std")]
 pub use stats::{QueueCounters, QueueStats};

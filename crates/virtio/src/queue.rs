@@ -19,6 +19,9 @@ use crate::memory::{DirtyLog, GuestAddr, Memory};
 use crate::ring::{Chain, Chains, DeviceRing, RingConfig, RingError, RingState, Token, Used};
 use crate::stats::{QueueCounters, QueueStats};
 
+/// Called when a ring turns out to be broken.
+pub type ErrorHook = Box<dyn FnOnce(&RingError) + Send>;
+
 /// Where writes are logged for a migration.
 #[derive(Clone)]
 pub struct UsedLog {
@@ -49,7 +52,7 @@ pub struct QueueConfig {
     /// The record of requests in flight, if the front end keeps one.
     pub inflight: Option<SplitInflight>,
     /// Called once, on the I/O thread, if the ring turns out to be broken.
-    pub on_error: Option<Box<dyn FnOnce(&RingError) + Send>>,
+    pub on_error: Option<ErrorHook>,
 }
 
 /// What the two halves share.
@@ -107,7 +110,7 @@ pub struct Queue {
     log: Option<UsedLog>,
     inflight: Option<SplitInflight>,
     in_order: Option<InOrder>,
-    on_error: Option<Box<dyn FnOnce(&RingError) + Send>>,
+    on_error: Option<ErrorHook>,
     poison_seen: usize,
     broken: bool,
 }
@@ -119,7 +122,8 @@ impl Queue {
     /// # Errors
     /// The ring is not where `config` says, or cannot be in the state it says.
     pub fn new(config: QueueConfig) -> Result<(Self, QueueHandle), RingError> {
-        let QueueConfig { index, features, ring, mut state, memory, kick, call, log, mut inflight, on_error } = config;
+        let QueueConfig { index, features, ring, mut state, memory, kick, call, log, mut inflight, on_error } =
+            config;
         let poison_seen = Memory::poisonings();
         if let Some(record) = &mut inflight {
             state = Some(record.recover(&DeviceRing::new(&ring, &memory, None)?));
@@ -206,7 +210,9 @@ impl Queue {
     pub fn pop(&mut self, max: usize, out: &mut Vec<Token>) {
         let before = out.len();
         let result = match &mut self.inflight {
-            Some(record) if record.has_resubmissions() => record.resubmit(&self.ring, max, &mut self.chains, out),
+            Some(record) if record.has_resubmissions() => {
+                record.resubmit(&self.ring, max, &mut self.chains, out)
+            }
             _ if self.broken => return,
             _ => self.ring.pop(max, &mut self.chains, out),
         };

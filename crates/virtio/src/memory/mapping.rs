@@ -39,7 +39,9 @@ pub enum MappingError {
         need: u64,
     },
     /// A page fault on this file system could block for ever.
-    #[error("the file is served by a user process (FUSE); guest memory must be a memfd, shared memory or a local file")]
+    #[error(
+        "the file is served by a user process (FUSE); guest memory must be a memfd, shared memory or a local file"
+    )]
     UserFileSystem,
     /// The system refused.
     #[error("cannot {what}: {source}")]

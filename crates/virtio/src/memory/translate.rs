@@ -39,7 +39,12 @@ impl Translator {
     /// # Errors
     /// Part of the range is not mapped; `push` may have been called for what lies before it.
     #[inline(always)]
-    pub fn translate(&mut self, addr: GuestAddr, len: u32, mut push: impl FnMut(Segment)) -> Result<(), MemoryError> {
+    pub fn translate(
+        &mut self,
+        addr: GuestAddr,
+        len: u32,
+        mut push: impl FnMut(Segment),
+    ) -> Result<(), MemoryError> {
         let offset = addr.0.wrapping_sub(self.start);
         if offset < self.len && u64::from(len) <= self.len - offset && len != 0 {
             push(self.segment(offset, len));
@@ -63,8 +68,10 @@ impl Translator {
     ) -> Result<(), MemoryError> {
         let (mut at, mut left) = (addr.0, len);
         while left > 0 {
-            let region =
-                self.memory.find(at).ok_or(MemoryError::NotMapped { addr: GuestAddr(at), len: u64::from(left) })?;
+            let region = self
+                .memory
+                .find(at)
+                .ok_or(MemoryError::NotMapped { addr: GuestAddr(at), len: u64::from(left) })?;
             (self.start, self.len, self.base) = (region.start, region.len(), region.backing.base());
             let offset = at - self.start;
             let here = u64::from(left).min(self.len - offset) as u32;

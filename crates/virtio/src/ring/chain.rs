@@ -131,8 +131,7 @@ impl Chains {
         head: u16,
         walk: impl FnOnce(&mut ChainBuilder<'_>) -> Result<(), RingError>,
     ) -> Result<Token, RingError> {
-        let index =
-            self.free.pop().ok_or(RingError::TooManyChains { size: self.slots.len() as u16 })?;
+        let index = self.free.pop().ok_or(RingError::TooManyChains { size: self.slots.len() as u16 })?;
         let slot = &mut self.slots[usize::from(index)];
         slot.segments.clear();
         slot.id = head;

@@ -31,7 +31,11 @@ mod tests {
                 for delta in 0u16..60 {
                     let event = old.wrapping_add(delta).wrapping_sub(10);
                     let inside = (0..count).any(|i| old.wrapping_add(i) == event);
-                    assert_eq!(need_event(event, old.wrapping_add(count), old), inside, "{old} {count} {event}");
+                    assert_eq!(
+                        need_event(event, old.wrapping_add(count), old),
+                        inside,
+                        "{old} {count} {event}"
+                    );
                 }
             }
         }

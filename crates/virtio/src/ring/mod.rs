@@ -109,7 +109,9 @@ pub enum RingError {
     #[error("descriptor chain at {head} has a device-readable buffer after a device-writable one")]
     ReadableAfterWritable { head: u16 },
     /// An indirect table where none may be.
-    #[error("descriptor chain at {head} has an indirect table that was not negotiated, is nested or is not its end")]
+    #[error(
+        "descriptor chain at {head} has an indirect table that was not negotiated, is nested or is not its end"
+    )]
     BadIndirect { head: u16 },
     /// An indirect table of an impossible length.
     #[error("indirect table of {len} bytes: it must be 16 to {max} bytes, a multiple of 16")]

@@ -68,7 +68,8 @@ impl SplitDriver {
             let next = if last { 0 } else { *self.free.last()? };
             let flags = if buffer.writable { WRITE } else { 0 } | if last { 0 } else { NEXT };
             self.next[usize::from(index)] = next;
-            Descriptor { addr: buffer.addr, len: buffer.len, third: flags, fourth: next }.store(&self.desc, index);
+            Descriptor { addr: buffer.addr, len: buffer.len, third: flags, fourth: next }
+                .store(&self.desc, index);
         }
         self.offer(head, buffers.len() as u16);
         Some(head)
@@ -124,8 +125,12 @@ impl SplitDriver {
         let at = 4 + 8 * usize::from(self.used_next & (self.size - 1));
         let id = self.used.u32(at).load(Ordering::Relaxed);
         let written = self.used.u32(at + 4).load(Ordering::Relaxed);
-        let descriptors =
-            self.lengths.get_mut(id as usize).map(core::mem::take).filter(|&n| n > 0).ok_or(RingError::BadUsed { id })?;
+        let descriptors = self
+            .lengths
+            .get_mut(id as usize)
+            .map(core::mem::take)
+            .filter(|&n| n > 0)
+            .ok_or(RingError::BadUsed { id })?;
         let id = id as u16;
         let mut index = id;
         for _ in 0..descriptors {
