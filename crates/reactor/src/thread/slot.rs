@@ -1,0 +1,242 @@
+//! One poller on its thread, with what the policies know about it.
+//!
+//! A poller is code of a device, and one device's bug must not take the others down: every call into it is
+//! fenced, and a panic turns into a poller that is drained and removed.
+
+use std::any::Any;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+
+use crate::epoll::Watch;
+use crate::fair::Standing;
+use crate::policy::{self, Mode, WINDOW_NS_START};
+use crate::record::{Departure, PollerState, Record};
+use crate::{Budget, Poller, Ticks};
+
+/// A poller that drains is called every turn for this long; most requests in flight complete within it.
+const DRAIN_SPIN_NS: u64 = 100_000;
+/// After that it is called at this interval while the thread has nothing else to do.
+const DRAIN_NAP_NS: u64 = 200_000;
+/// A drain that takes longer is logged once: something in flight does not complete.
+const DRAIN_WARN_NS: u64 = 5_000_000_000;
+
+/// Fields drop in order: the descriptors leave epoll, the poller goes, then whoever waits for that is told.
+pub(super) struct Slot {
+    _watches: Vec<Watch>,
+    poller: Box<dyn Poller>,
+    departure: Departure,
+    phase: Phase,
+    mode: Mode,
+    window_ns: u64,
+    last_work: Ticks,
+    /// The last poll found nothing.
+    idle: bool,
+    standing: Standing,
+    /// It must be polled until then.
+    awake_until: Ticks,
+    wake_at: Option<Ticks>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Phase {
+    Serving,
+    Draining { since: Ticks, warned: bool },
+    Drained,
+}
+
+impl Slot {
+    pub(super) fn new(
+        poller: Box<dyn Poller>,
+        watches: Vec<Watch>,
+        record: Arc<Record>,
+        mode: Mode,
+        now: Ticks,
+    ) -> Self {
+        let mut slot = Self {
+            _watches: watches,
+            poller,
+            departure: Departure(record),
+            phase: Phase::Serving,
+            mode,
+            window_ns: WINDOW_NS_START,
+            last_work: now,
+            idle: false,
+            standing: Standing { more: false, moved_at: now },
+            awake_until: policy::awake_until(mode, now, WINDOW_NS_START),
+            wake_at: None,
+        };
+        slot.record().counters.window_ns.set(WINDOW_NS_START);
+        slot.disarm(now);
+        slot
+    }
+
+    #[inline]
+    pub(super) fn record(&self) -> &Arc<Record> {
+        &self.departure.0
+    }
+
+    pub(super) fn standing(&self) -> Standing {
+        self.standing
+    }
+
+    /// What [`policy::rest`] decides from.
+    #[inline]
+    pub(super) fn rest(&self) -> (Ticks, Option<Ticks>) {
+        (self.awake_until, self.wake_at)
+    }
+
+    /// Whether it drains or has drained.
+    pub(super) fn is_leaving(&self) -> bool {
+        self.phase != Phase::Serving
+    }
+
+    pub(super) fn is_drained(&self) -> bool {
+        self.phase == Phase::Drained
+    }
+
+    pub(super) fn set_mode(&mut self, mode: Mode) {
+        self.mode = mode;
+        if self.phase == Phase::Serving {
+            self.awake_until = policy::awake_until(mode, self.last_work, self.window_ns);
+        }
+    }
+
+    /// One turn of it. True if there was anything to do, or is.
+    #[inline]
+    pub(super) fn poll(&mut self, now: Ticks, budget: Budget) -> bool {
+        if self.phase != Phase::Serving {
+            return self.drain(now);
+        }
+        match catch_unwind(AssertUnwindSafe(|| self.poller.poll(now, budget))) {
+            Ok(work) => {
+                self.wake_at = work.wake_at;
+                if work.done == 0 && !work.more {
+                    self.idle = true;
+                    self.standing.more = false;
+                    self.record().counters.empty_polls.add(1);
+                    return false;
+                }
+                self.worked(now, work.done, work.more);
+                true
+            }
+            Err(panic) => {
+                self.fail("poll", &*panic, now);
+                true
+            }
+        }
+    }
+
+    #[inline]
+    fn worked(&mut self, now: Ticks, done: u32, more: bool) {
+        if done > 0 {
+            if self.idle {
+                self.adapt_window(now.since_ns(self.last_work));
+            }
+            self.last_work = now;
+            self.awake_until = policy::awake_until(self.mode, now, self.window_ns);
+        }
+        if done > 0 || !self.standing.more {
+            self.standing.moved_at = now;
+        }
+        self.standing.more = more;
+        self.idle = false;
+        let counters = &self.record().counters;
+        counters.busy_polls.add(u64::from(done > 0));
+        counters.full_polls.add(u64::from(more));
+        counters.done.add(u64::from(done));
+    }
+
+    fn adapt_window(&mut self, gap_ns: u64) {
+        let window_ns = policy::window_after(self.window_ns, gap_ns);
+        if window_ns != self.window_ns {
+            self.window_ns = window_ns;
+            self.record().counters.window_ns.set(window_ns);
+        }
+    }
+
+    /// Switches its notifications on; true if work slipped in before.
+    pub(super) fn arm(&mut self, now: Ticks) -> bool {
+        if self.phase != Phase::Serving {
+            return false;
+        }
+        match catch_unwind(AssertUnwindSafe(|| self.poller.arm())) {
+            Ok(slipped) => {
+                let counters = &self.record().counters;
+                counters.arms.add(1);
+                counters.slips.add(u64::from(slipped));
+                slipped
+            }
+            Err(panic) => {
+                self.fail("arm", &*panic, now);
+                true
+            }
+        }
+    }
+
+    pub(super) fn disarm(&mut self, now: Ticks) {
+        if self.phase != Phase::Serving {
+            return;
+        }
+        if let Err(panic) = catch_unwind(AssertUnwindSafe(|| self.poller.disarm())) {
+            self.fail("disarm", &*panic, now);
+        }
+    }
+
+    /// Lets it finish what is in flight; it is polled no more.
+    pub(super) fn begin_drain(&mut self, now: Ticks) {
+        if self.phase == Phase::Serving {
+            self.phase = Phase::Draining { since: now, warned: false };
+            self.standing.more = false;
+            self.awake_until = now.plus_ns(DRAIN_SPIN_NS);
+            self.record().advance(PollerState::Draining);
+        }
+    }
+
+    fn drain(&mut self, now: Ticks) -> bool {
+        let Phase::Draining { since, warned } = self.phase else { return false };
+        match catch_unwind(AssertUnwindSafe(|| self.poller.drain(now))) {
+            Ok(false) => {
+                self.wake_at = Some(now.plus_ns(DRAIN_NAP_NS));
+                if !warned && now.since_ns(since) > DRAIN_WARN_NS {
+                    self.phase = Phase::Draining { since, warned: true };
+                    tracing::warn!(
+                        poller = self.record().label,
+                        "requests in flight do not complete; still waiting"
+                    );
+                }
+                return false;
+            }
+            Ok(true) => {}
+            Err(panic) => {
+                let (poller, cause) = (&self.record().label, message(&*panic));
+                tracing::error!(poller, cause, "a poller panicked in `drain` and is dropped as it is");
+                self.record().advance(PollerState::Failed);
+            }
+        }
+        self.phase = Phase::Drained;
+        true
+    }
+
+    #[cold]
+    fn fail(&mut self, call: &str, panic: &(dyn Any + Send), now: Ticks) {
+        let (poller, cause) = (&self.record().label, message(panic));
+        tracing::error!(poller, call, cause, "a poller panicked and is removed; the others go on");
+        self.begin_drain(now);
+        self.record().advance(PollerState::Failed);
+    }
+
+    /// Drops the poller, on its thread.
+    pub(super) fn retire(self) {
+        let record = self.record().clone();
+        if let Err(panic) = catch_unwind(AssertUnwindSafe(move || drop(self))) {
+            let cause = message(&*panic);
+            tracing::error!(poller = record.label, cause, "a poller panicked while it was dropped");
+        }
+    }
+}
+
+/// What a panic said.
+pub(super) fn message(panic: &(dyn Any + Send)) -> &str {
+    let text = panic.downcast_ref::<&str>().copied();
+    text.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("(no message)")
+}

@@ -1,0 +1,145 @@
+//! One poller's misfortune is not its neighbours'.
+
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use reactor::{Budget, Error, Mode, Poller, PollerState, Pool, Ticks, WatchError, Work};
+
+use crate::fake::{Call, Queue, Script, pool, wait_until};
+
+#[track_caller]
+fn still_serves(queue: &Arc<Queue>) {
+    let served = queue.served();
+    queue.submit();
+    queue.wait_served(served + 1);
+}
+
+#[test]
+fn a_panic_in_any_call_removes_only_the_poller_that_panicked() {
+    for panics_in in [
+        |call| matches!(call, Call::Poll(_)),
+        |call| call == Call::Arm,
+        |call| matches!(call, Call::Poll(_) | Call::Drain),
+        |call| matches!(call, Call::Poll(_) | Call::Drain | Call::Drop),
+    ] as [fn(Call) -> bool; 4]
+    {
+        let (pool, neighbour) = (pool(), Queue::new());
+        let _other = neighbour.serve(&pool, Mode::Hybrid);
+        let dropped = Arc::new(AtomicBool::new(false));
+        let script = {
+            let dropped = dropped.clone();
+            move |call| {
+                dropped.fetch_or(call == Call::Drop, Ordering::AcqRel);
+                assert!(!panics_in(call), "on purpose");
+                Work::NONE
+            }
+        };
+        let seat = pool.place("rogue", Mode::Hybrid).unwrap();
+        let handle = seat.add("rogue", move || Box::new(Script(script))).unwrap();
+        wait_until("it was dropped", || dropped.load(Ordering::Acquire));
+        assert_eq!(handle.state(), PollerState::Failed);
+        handle.remove().unwrap();
+        still_serves(&neighbour);
+    }
+}
+
+#[test]
+fn a_panic_while_draining_or_dropping_does_not_keep_anybody_waiting() {
+    for panics_in in [Call::Drain, Call::Drop] {
+        let (pool, neighbour) = (pool(), Queue::new());
+        let _other = neighbour.serve(&pool, Mode::Hybrid);
+        let script = move |call| {
+            assert!(call != panics_in, "on purpose");
+            Work::NONE
+        };
+        let seat = pool.place("rogue", Mode::Hybrid).unwrap();
+        seat.add("rogue", move || Box::new(Script(script))).unwrap().remove().unwrap();
+        still_serves(&neighbour);
+    }
+}
+
+#[test]
+fn a_panic_while_building_is_the_callers_error() {
+    let (pool, neighbour) = (pool(), Queue::new());
+    let _other = neighbour.serve(&pool, Mode::Hybrid);
+    let seat = pool.place("rogue", Mode::Hybrid).unwrap();
+    let error = seat.add("rogue", || panic!("on purpose")).unwrap_err();
+    assert_eq!(error.to_string(), "`rogue` panicked while it was built on I/O thread `io-0`");
+    still_serves(&neighbour);
+}
+
+/// A poller whose wake descriptor somebody else chose.
+struct Watched(RawFd);
+
+impl Poller for Watched {
+    fn poll(&mut self, _now: Ticks, _budget: Budget) -> Work {
+        Work::NONE
+    }
+
+    fn arm(&mut self) -> bool {
+        false
+    }
+
+    fn disarm(&mut self) {}
+
+    fn wake_fds(&self) -> Vec<RawFd> {
+        vec![self.0, self.0]
+    }
+
+    fn drain(&mut self, _now: Ticks) -> bool {
+        true
+    }
+}
+
+fn watch(pool: &Pool, fd: RawFd) -> Result<(), Error> {
+    pool.place("watched", Mode::Notify)?.add("watched", move || Box::new(Watched(fd)))?.remove()
+}
+
+#[test]
+fn a_descriptor_that_cannot_wake_the_thread_is_the_callers_error() {
+    let (pool, neighbour) = (pool(), Queue::new());
+    let _other = neighbour.serve(&pool, Mode::Notify);
+    let regular = std::fs::File::open("/proc/self/exe").unwrap();
+    let refused = |fd| match watch(&pool, fd) {
+        Err(Error::Watch { source, .. }) => source,
+        other => panic!("{other:?}"),
+    };
+    assert!(matches!(refused(regular.as_raw_fd()), WatchError::Kind { .. }));
+    assert!(matches!(refused(i32::MAX), WatchError::Duplicate { .. }));
+    assert!(matches!(refused(-1), WatchError::Duplicate { .. }));
+    let (socket, peer) = std::os::unix::net::UnixStream::pair().unwrap();
+    drop(peer);
+    watch(&pool, socket.as_raw_fd()).unwrap();
+    still_serves(&neighbour);
+}
+
+#[test]
+fn an_io_thread_is_never_made_to_wait_for_one() {
+    let (pool, victim, neighbour) = (Arc::new(pool()), Queue::new(), Queue::new());
+    let _other = neighbour.serve(&pool, Mode::Hybrid);
+    let refused = Arc::new(AtomicBool::new(false));
+    let mut prey = Some(victim.serve(&pool, Mode::Hybrid));
+    let script = {
+        let (pool, refused) = (pool.clone(), refused.clone());
+        move |_| {
+            if let Some(prey) = prey.take() {
+                let seat = pool.place("nested", Mode::Hybrid).unwrap();
+                let added = seat.add("nested", || unreachable!());
+                let removed = prey.remove();
+                let both = matches!(
+                    (added, removed),
+                    (Err(Error::OnIoThread { .. }), Err(Error::OnIoThread { .. }))
+                );
+                refused.store(both, Ordering::Release);
+            }
+            Work::NONE
+        }
+    };
+    let seat = pool.place("hunter", Mode::Hybrid).unwrap();
+    let hunter = seat.add("hunter", move || Box::new(Script(script))).unwrap();
+    wait_until("the victim is gone", || victim.dropped.load(Ordering::Acquire));
+    assert!(refused.load(Ordering::Acquire));
+    hunter.remove().unwrap();
+    still_serves(&neighbour);
+}
