@@ -37,6 +37,8 @@ mod inflight;
 #[cfg(feature = "std")]
 mod queue;
 #[cfg(feature = "std")]
+mod queue_set;
+#[cfg(feature = "std")]
 mod stats;
 
 #[cfg(feature = "std")]
@@ -44,8 +46,10 @@ pub use call::{Call, EventFdCall};
 #[cfg(feature = "std")]
 pub use device::{ConfigError, ConfigListener, Device, PollerBuilder, SharedMemory, StateError};
 #[cfg(feature = "std")]
-pub use inflight::{InflightError, SplitInflight};
+pub use inflight::{Inflight, InflightError};
 #[cfg(feature = "std")]
 pub use queue::{ErrorHook, Queue, QueueConfig, QueueHandle, UsedLog};
+#[cfg(feature = "std")]
+pub use queue_set::{QueueSet, StartError};
 #[cfg(feature = "std")]
 pub use stats::{QueueCounters, QueueStats};

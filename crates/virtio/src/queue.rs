@@ -14,7 +14,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use crate::call::Call;
-use crate::inflight::SplitInflight;
+use crate::inflight::Inflight;
 use crate::memory::{DirtyLog, GuestAddr, Memory};
 use crate::ring::{Chain, Chains, DeviceRing, RingConfig, RingError, RingState, Token, Used};
 use crate::stats::{QueueCounters, QueueStats};
@@ -50,7 +50,7 @@ pub struct QueueConfig {
     /// The dirty log, while a migration runs.
     pub log: Option<UsedLog>,
     /// The record of requests in flight, if the front end keeps one.
-    pub inflight: Option<SplitInflight>,
+    pub inflight: Option<Inflight>,
     /// Called once, on the I/O thread, if the ring turns out to be broken.
     pub on_error: Option<ErrorHook>,
 }
@@ -108,7 +108,7 @@ pub struct Queue {
     generation: u32,
     shared: Arc<Shared>,
     log: Option<UsedLog>,
-    inflight: Option<SplitInflight>,
+    inflight: Option<Inflight>,
     in_order: Option<InOrder>,
     on_error: Option<ErrorHook>,
     poison_seen: usize,
@@ -126,7 +126,7 @@ impl Queue {
             config;
         let poison_seen = Memory::poisonings();
         if let Some(record) = &mut inflight {
-            state = Some(record.recover(&DeviceRing::new(&ring, &memory, None)?));
+            state = Some(record.recover(&DeviceRing::new(&ring, &memory, None)?, state));
         }
         let shared = Arc::new(Shared { call: Mutex::new(call.clone()), ..Shared::default() });
         let queue = Self {
@@ -208,22 +208,41 @@ impl Queue {
     /// Takes up to `max` chains and appends their tokens to `out`. A broken queue has none.
     #[inline(always)]
     pub fn pop(&mut self, max: usize, out: &mut Vec<Token>) {
+        if self.inflight.is_some() {
+            return self.pop_recorded(max, out);
+        }
+        if self.broken {
+            return;
+        }
         let before = out.len();
-        let result = match &mut self.inflight {
-            Some(record) if record.has_resubmissions() => {
-                record.resubmit(&self.ring, max, &mut self.chains, out)
-            }
-            _ if self.broken => return,
-            _ => self.ring.pop(max, &mut self.chains, out),
+        let result = self.ring.pop(max, &mut self.chains, out);
+        self.taken(&out[before..], result);
+    }
+
+    /// Takes chains and keeps the record of requests in flight.
+    fn pop_recorded(&mut self, max: usize, out: &mut Vec<Token>) {
+        // The record tells what was published from what was taken by the order of both.
+        self.publish();
+        let Some(record) = &mut self.inflight else { return };
+        let before = out.len();
+        let result = if record.resubmissions() > 0 {
+            record.resubmit(&self.ring, max, &mut self.chains, out)
+        } else if self.broken {
+            return;
+        } else {
+            let from = self.ring.state();
+            let result = self.ring.pop(max, &mut self.chains, out);
+            record.take(&self.ring, from, &out[before..], &self.chains);
+            result
         };
-        let taken = &out[before..];
+        self.taken(&out[before..], result);
+    }
+
+    /// What is due after chains were taken.
+    #[inline(always)]
+    fn taken(&mut self, taken: &[Token], result: Result<(), RingError>) {
         if !taken.is_empty() {
             self.shared.stats.count_burst(taken.len() as u64);
-            if let Some(record) = &mut self.inflight {
-                for token in taken {
-                    record.take(self.chains.id(token));
-                }
-            }
             if let Some(order) = &mut self.in_order {
                 order.taken(taken);
             }
@@ -260,7 +279,7 @@ impl Queue {
                     }
                 }
                 if let Some(record) = &mut self.inflight {
-                    record.put(self.chains.id(&used.token));
+                    record.put(&used.token, &self.chains);
                 }
                 self.ring.push_used(&mut self.chains, std::iter::once(used));
                 next = self.in_order.as_mut().and_then(InOrder::next_ready);
@@ -271,11 +290,14 @@ impl Queue {
     /// Shows the driver what was completed, and calls it if it waits for that. Does nothing if nothing is new.
     #[inline(always)]
     pub fn publish(&mut self) {
+        if let Some(record) = &mut self.inflight {
+            record.publishing(self.ring.state());
+        }
         if !self.ring.publish() {
             return;
         }
         if let Some(record) = &mut self.inflight {
-            record.published(self.ring.state().used);
+            record.published(self.ring.state());
         }
         if let Some(UsedLog { log, used_ring: Some(addr) }) = &self.log {
             log.mark(*addr, 6 + 8 * u64::from(self.size));

@@ -1,6 +1,8 @@
 //! Rings with anything in them. Whatever the driver writes: no panic, no endless loop, every chain accounted for, and
 //! a broken ring stays quiet.
 
+#![allow(clippy::unwrap_used)]
+
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 

@@ -1,5 +1,7 @@
 //! Both ends of both formats, through wrap-around, suppression, ordering, recovery and logging.
 
+#![allow(clippy::unwrap_used)]
+
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -7,7 +9,7 @@ use proptest::prelude::*;
 use virtio::fake::{FakeDriver, FakeOptions, MEMORY_START};
 use virtio::memory::{Area, DirtyLog, Mapping, gather, scatter};
 use virtio::ring::{Buffer, RingFormat, Token, Used};
-use virtio::{Call, GuestAddr, Queue, SplitInflight, UsedLog};
+use virtio::{Call, GuestAddr, Queue, UsedLog};
 
 #[derive(Default)]
 struct CountCalls(AtomicUsize);
@@ -227,71 +229,6 @@ fn a_queue_goes_on_where_it_was_stopped() {
             assert!(state.is_some());
         }
     }
-}
-
-#[test]
-fn requests_of_a_dead_service_are_taken_again_in_their_order() {
-    let mut fake = FakeDriver::new(FakeOptions { size: 8, ..FakeOptions::default() });
-    let (record, _file) = Mapping::anonymous("inflight", 4096).unwrap();
-    let record: Arc<Mapping> = Arc::new(record);
-    let open = |fake: &FakeDriver| {
-        let mut config = fake.queue_config();
-        config.inflight = Some(SplitInflight::new(record.clone(), 0, 8).unwrap());
-        Queue::new(config).unwrap().0
-    };
-    let mut queue = open(&fake);
-    let buffers: Vec<[Buffer; 1]> = (0..6).map(|_| [fake.writable(8)]).collect();
-    let heads: Vec<u16> = buffers.iter().map(|b| fake.ring.add(b).unwrap()).collect();
-    fake.ring.publish();
-    let mut tokens = pop(&mut queue, 4);
-    assert_eq!(tokens.len(), 4);
-    // The second one is done, the rest were in flight when the service died.
-    give_back(&mut queue, vec![tokens.remove(1)]);
-    drop((queue, tokens));
-
-    let mut queue = open(&fake);
-    let tokens = pop(&mut queue, 2);
-    let ids =
-        |queue: &Queue, tokens: &[Token]| tokens.iter().map(|t| queue.chains().id(t)).collect::<Vec<_>>();
-    assert_eq!(ids(&queue, &tokens), [heads[0], heads[2]]);
-    let more = pop(&mut queue, 8);
-    assert_eq!(ids(&queue, &more), [heads[3]], "the old ones first");
-    let rest = pop(&mut queue, 8);
-    assert_eq!(ids(&queue, &rest), [heads[4], heads[5]]);
-    give_back(&mut queue, tokens.into_iter().chain(more).chain(rest).collect());
-    let mut done: Vec<u16> = std::iter::from_fn(|| fake.ring.reap().unwrap()).map(|c| c.id).collect();
-    done.sort_unstable();
-    let mut all = heads.clone();
-    all.sort_unstable();
-    assert_eq!(done, all, "each exactly once");
-    drop(queue);
-    assert_eq!(pop(&mut open(&fake), 8).len(), 0);
-}
-
-#[test]
-fn a_service_that_dies_while_publishing_repeats_nothing() {
-    let mut fake = FakeDriver::new(FakeOptions { size: 8, ..FakeOptions::default() });
-    let (record, _file) = Mapping::anonymous("inflight", 4096).unwrap();
-    let record: Arc<Mapping> = Arc::new(record);
-    let config = |fake: &FakeDriver| {
-        let mut config = fake.queue_config();
-        config.inflight = Some(SplitInflight::new(record.clone(), 0, 8).unwrap());
-        config
-    };
-    let buffers: Vec<[Buffer; 1]> = (0..3).map(|_| [fake.writable(8)]).collect();
-    for buffer in &buffers {
-        fake.ring.add(buffer).unwrap();
-    }
-    fake.ring.publish();
-    let (mut queue, _) = Queue::new(config(&fake)).unwrap();
-    let tokens = pop(&mut queue, 3);
-    queue.complete(tokens.into_iter().map(|token| Used { token, written: 0 }));
-    // Killed after the used index was stored and before the record was cleared.
-    let used = fake.area(fake.ring_config().device, 4);
-    used.u16(2).store(3, Ordering::Release);
-    drop(queue);
-    let (mut queue, _) = Queue::new(config(&fake)).unwrap();
-    assert_eq!(pop(&mut queue, 8).len(), 0);
 }
 
 #[test]

@@ -1,6 +1,8 @@
 //! The split ring against the `virtio-queue` crate: the same driver, the same chains, the same completions must give
 //! the same descriptors and the same used ring.
 
+#![allow(clippy::unwrap_used)]
+
 use std::sync::Arc;
 
 use proptest::prelude::*;

@@ -1,0 +1,173 @@
+//! The record of requests in flight that outlives the service (vhost-user specification, "Inflight I/O tracking").
+//!
+//! It stands in memory shared with the front end, which keeps it when the service dies and hands it to the next one.
+//! That one finds there which chains were taken and not given back, and takes them again. Every step is a plain store
+//! in program order (x86-64 keeps the order of stores), so the record is right wherever the service is killed.
+//!
+//! The layouts are the specification's: a front end may hand a record from one back end to another.
+
+mod packed;
+mod split;
+
+use std::sync::Arc;
+
+use crate::memory::{Area, Backing};
+use crate::ring::{Chains, DeviceRing, RingError, RingFormat, RingState, Token};
+
+use packed::PackedInflight;
+use split::SplitInflight;
+
+/// The version of both layouts.
+const RECORD_VERSION: u16 = 1;
+
+/// Why a record cannot be used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum InflightError {
+    /// The queue's part leaves the shared memory or is unaligned.
+    #[error("the inflight record has no room for a queue of {0} descriptors at byte {1}")]
+    NoRoom(u16, usize),
+    /// Written by something else.
+    #[error(
+        "inflight record of version {version} for {size} descriptors: expected version {RECORD_VERSION} for {expected}"
+    )]
+    Mismatch {
+        /// The version found.
+        version: u16,
+        /// The ring size found.
+        size: u16,
+        /// The ring size of this queue.
+        expected: u16,
+    },
+    /// It is for the other ring format than the queue's.
+    #[error("the inflight record is for {0:?} rings")]
+    Format(RingFormat),
+}
+
+/// The record of one queue.
+pub struct Inflight(Record);
+
+enum Record {
+    Split(SplitInflight),
+    Packed(PackedInflight),
+}
+
+impl Inflight {
+    /// Bytes that the record of a queue of `size` descriptors takes, a multiple of 64.
+    #[must_use]
+    pub fn bytes(format: RingFormat, size: u16) -> usize {
+        match format {
+            RingFormat::Split => split::bytes(size),
+            RingFormat::Packed => packed::bytes(size),
+        }
+    }
+
+    /// Opens the record at `offset` of `backing`, and begins it if it is all zeros.
+    ///
+    /// # Errors
+    /// It does not fit, or belongs to a ring of another size or layout.
+    pub fn new(
+        format: RingFormat,
+        backing: Arc<dyn Backing>,
+        offset: usize,
+        size: u16,
+    ) -> Result<Self, InflightError> {
+        let area = Area::new(backing, offset, Self::bytes(format, size), 8)
+            .ok_or(InflightError::NoRoom(size, offset))?;
+        Ok(Self(match format {
+            RingFormat::Split => Record::Split(SplitInflight::new(area, size)?),
+            RingFormat::Packed => Record::Packed(PackedInflight::new(area, size)?),
+        }))
+    }
+
+    /// The ring format it is for.
+    #[must_use]
+    pub fn format(&self) -> RingFormat {
+        match &self.0 {
+            Record::Split(_) => RingFormat::Split,
+            Record::Packed(_) => RingFormat::Packed,
+        }
+    }
+
+    /// Finds out what a previous service left, and where the ring therefore stands. `ring` is the ring as it was found;
+    /// `state` where the front end says it stands.
+    pub(crate) fn recover(&mut self, ring: &DeviceRing, state: Option<RingState>) -> RingState {
+        let state = match (&mut self.0, ring) {
+            (Record::Split(record), _) => record.recover(ring.state().used),
+            (Record::Packed(record), DeviceRing::Packed(ring)) => record.recover(ring, state),
+            (Record::Packed(_), DeviceRing::Split(_)) => ring.state(),
+        };
+        let requests = self.resubmissions();
+        if requests > 0 {
+            tracing::info!(requests, "taking up requests of a previous service");
+        }
+        state
+    }
+
+    /// Chains of a previous service that are still to be taken again.
+    #[inline(always)]
+    pub(crate) fn resubmissions(&self) -> usize {
+        match &self.0 {
+            Record::Split(record) => record.resubmit.len(),
+            Record::Packed(record) => record.resubmit.len(),
+        }
+    }
+
+    /// Takes up to `max` of them, oldest first.
+    #[cold]
+    pub(crate) fn resubmit(
+        &mut self,
+        ring: &DeviceRing,
+        max: usize,
+        chains: &mut Chains,
+        out: &mut Vec<Token>,
+    ) -> Result<(), RingError> {
+        for _ in 0..max {
+            let token = match (&mut self.0, ring) {
+                (Record::Split(record), DeviceRing::Split(ring)) => record.take_again(ring, chains),
+                (Record::Packed(record), DeviceRing::Packed(_)) => record.take_again(chains),
+                _ => None,
+            };
+            match token {
+                Some(token) => out.push(token?),
+                None => break,
+            }
+        }
+        Ok(())
+    }
+
+    /// Notes that the chains in `burst` were taken, in this order; `from` is where the ring stood before.
+    #[inline(always)]
+    pub(crate) fn take(&mut self, ring: &DeviceRing, from: RingState, burst: &[Token], chains: &Chains) {
+        match (&mut self.0, ring) {
+            (Record::Split(record), _) => burst.iter().for_each(|token| record.take(chains.id(token))),
+            (Record::Packed(record), DeviceRing::Packed(ring)) => record.take(ring, from, burst, chains),
+            (Record::Packed(_), DeviceRing::Split(_)) => {}
+        }
+    }
+
+    /// Notes that a chain is done and about to be published.
+    #[inline(always)]
+    pub(crate) fn put(&mut self, token: &Token, chains: &Chains) {
+        match &mut self.0 {
+            Record::Split(record) => record.put(chains.id(token)),
+            Record::Packed(record) => record.put(token),
+        }
+    }
+
+    /// All that was put is about to be published, after which the ring stands at `state`.
+    #[inline(always)]
+    pub(crate) fn publishing(&mut self, state: RingState) {
+        if let Record::Packed(record) = &mut self.0 {
+            record.publishing(state);
+        }
+    }
+
+    /// All that was put is published, and the ring stands at `state`.
+    #[inline(always)]
+    pub(crate) fn published(&mut self, state: RingState) {
+        match &mut self.0 {
+            Record::Split(record) => record.published(state.used),
+            Record::Packed(record) => record.published(state),
+        }
+    }
+}

@@ -1,0 +1,178 @@
+//! The queues of one device that run on I/O threads: what every transport does with a device.
+
+use std::sync::Arc;
+
+use reactor::{Mode, PollerHandle, PollerState, Pool};
+
+use crate::call::Call;
+use crate::device::Device;
+use crate::queue::{Queue, QueueConfig, QueueHandle};
+use crate::ring::{RingError, RingState};
+use crate::stats::QueueCounters;
+
+/// Why a queue could not start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// The device has no such queue.
+    #[error("queue {index}: the device has {queues}")]
+    NoSuchQueue {
+        /// The queue asked for.
+        index: u16,
+        /// How many there are.
+        queues: u16,
+    },
+    /// The ring is larger than the device allows.
+    #[error("queue {index} of {size} descriptors: the device allows {max}")]
+    TooLarge {
+        /// The queue.
+        index: u16,
+        /// The size asked for.
+        size: u16,
+        /// The largest allowed.
+        max: u16,
+    },
+    /// It runs already.
+    #[error("queue {0} is running")]
+    Running(u16),
+    /// The ring cannot be opened.
+    #[error("queue {index}: {source}")]
+    Ring {
+        /// The queue.
+        index: u16,
+        /// What is wrong with the ring.
+        source: RingError,
+    },
+    /// No I/O thread will have it.
+    #[error("queue {index}: {source}")]
+    Thread {
+        /// The queue.
+        index: u16,
+        /// What the threads said.
+        source: reactor::Error,
+    },
+}
+
+/// A queue in service. The poller goes first: it owns the queue that the handle tells about.
+struct Running {
+    poller: PollerHandle,
+    queue: QueueHandle,
+}
+
+/// The queues of one device. Dropping it stops them all.
+pub struct QueueSet {
+    device: Arc<dyn Device>,
+    pool: Arc<Pool>,
+    mode: Mode,
+    label: String,
+    running: Vec<Option<Running>>,
+}
+
+impl QueueSet {
+    /// A set with no queue running. `label` names the device in logs, statistics and the placement of its queues, and
+    /// is unique in `pool`; `mode` is how its queues notice requests.
+    #[must_use]
+    pub fn new(device: Arc<dyn Device>, pool: Arc<Pool>, mode: Mode, label: impl Into<String>) -> Self {
+        let running = (0..device.queues()).map(|_| None).collect();
+        Self { device, pool, mode, label: label.into(), running }
+    }
+
+    /// The device.
+    #[must_use]
+    pub fn device(&self) -> &Arc<dyn Device> {
+        &self.device
+    }
+
+    /// Puts a queue into service on the I/O thread of its group.
+    ///
+    /// # Errors
+    /// See [`StartError`]; nothing runs then that did not run before.
+    pub fn start(&mut self, config: QueueConfig) -> Result<(), StartError> {
+        let (index, size) = (config.index, config.ring.size);
+        let no_such_queue = StartError::NoSuchQueue { index, queues: self.device.queues() };
+        let place = self.running.get_mut(usize::from(index)).ok_or(no_such_queue)?;
+        if place.is_some() {
+            return Err(StartError::Running(index));
+        }
+        let max = self.device.queue_size_max();
+        if size > max {
+            return Err(StartError::TooLarge { index, size, max });
+        }
+        let thread = |source| StartError::Thread { index, source };
+        let group = format!("{}/{}", self.label, self.device.queue_group(index));
+        // Nobody polls for commands.
+        let mode = match self.mode {
+            Mode::Poll if self.device.is_control_queue(index) => Mode::Hybrid,
+            mode => mode,
+        };
+        let (queue, handle) = Queue::new(config).map_err(|source| StartError::Ring { index, source })?;
+        let seat = self.pool.place(&group, mode).map_err(thread)?;
+        let poller =
+            seat.add(format!("{}#{index}", self.label), self.device.start_queue(queue)).map_err(thread)?;
+        *place = Some(Running { poller, queue: handle });
+        Ok(())
+    }
+
+    /// Takes a queue out of service: it takes no new requests, completes those in flight, and is gone when this
+    /// returns. Tells where its ring stands; None if the queue did not run.
+    pub fn stop(&mut self, index: u16) -> Option<RingState> {
+        let Running { poller, queue } = self.running.get_mut(usize::from(index))?.take()?;
+        // Dropping the handle waits for the poller to be gone.
+        drop(poller);
+        queue.stopped_at()
+    }
+
+    /// Stops all queues.
+    pub fn stop_all(&mut self) {
+        for index in 0..self.device.queues() {
+            self.stop(index);
+        }
+    }
+
+    /// Whether a queue is in service.
+    #[must_use]
+    pub fn is_running(&self, index: u16) -> bool {
+        self.get(index).is_some()
+    }
+
+    /// Replaces the way a running queue announces completions.
+    pub fn set_call(&self, index: u16, call: Option<Arc<dyn Call>>) {
+        if let Some(running) = self.get(index) {
+            running.queue.set_call(call);
+        }
+    }
+
+    /// Kicks a running queue.
+    pub fn wake(&self, index: u16) {
+        if let Some(running) = self.get(index) {
+            running.poller.wake();
+        }
+    }
+
+    /// The mode a running queue is in, which is not the one asked for where polling is not to be had.
+    #[must_use]
+    pub fn mode(&self, index: u16) -> Option<Mode> {
+        Some(self.get(index)?.poller.mode())
+    }
+
+    /// What broke a running queue, if something did.
+    #[must_use]
+    pub fn error(&self, index: u16) -> Option<RingError> {
+        self.get(index)?.queue.error()
+    }
+
+    /// Whether the device's code for a queue has failed and serves it no more.
+    #[must_use]
+    pub fn has_failed(&self, index: u16) -> bool {
+        self.get(index).is_some_and(|running| running.poller.state() == PollerState::Failed)
+    }
+
+    /// A running queue's counters.
+    #[must_use]
+    pub fn counters(&self, index: u16) -> Option<QueueCounters> {
+        Some(self.get(index)?.queue.counters())
+    }
+
+    fn get(&self, index: u16) -> Option<&Running> {
+        self.running.get(usize::from(index))?.as_ref()
+    }
+}
