@@ -69,7 +69,10 @@ fn used_ring(fake: &FakeDriver) -> Vec<u8> {
     fake.read(fake.ring_config().device, 4 + 8 * usize::from(SIZE))
 }
 
-fn buffers_of(queue: &Queue, token: &Token, base: usize) -> (Vec<(u64, usize)>, Vec<(u64, usize)>) {
+/// Guest address and length of each buffer.
+type Places = Vec<(u64, usize)>;
+
+fn buffers_of(queue: &Queue, token: &Token, base: usize) -> (Places, Places) {
     let chain = queue.chain(token);
     let place = |s: &virtio::Segment| (MEMORY_START + (s.as_ptr().addr() - base) as u64, s.len());
     (chain.readable.iter().map(place).collect(), chain.writable.iter().map(place).collect())

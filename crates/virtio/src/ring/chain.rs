@@ -113,12 +113,6 @@ impl Chains {
         self.slot(token).id
     }
 
-    /// Ring descriptors that the chain occupies; told of packed rings only.
-    #[inline(always)]
-    pub(crate) fn descriptors(&self, token: &Token) -> u16 {
-        self.slot(token).descriptors
-    }
-
     #[inline(always)]
     pub(super) fn slot(&self, token: &Token) -> &Slot {
         &self.slots[token.slot()]

@@ -41,23 +41,6 @@ impl Descriptor {
         }
     }
 
-    /// A packed descriptor from its fields.
-    pub(crate) fn packed(addr: u64, len: u32, id: u16, flags: u16) -> Self {
-        Self { addr: GuestAddr(addr), len, third: id, fourth: flags }
-    }
-
-    /// The flags, read as a packed descriptor.
-    #[inline(always)]
-    pub(crate) fn flags_packed(self) -> u16 {
-        self.fourth
-    }
-
-    /// The buffer id, read as a packed descriptor.
-    #[inline(always)]
-    pub(crate) fn id_packed(self) -> u16 {
-        self.third
-    }
-
     /// The two words as they stand in memory.
     #[inline(always)]
     pub(crate) fn to_words(self) -> (u64, u64) {

@@ -11,6 +11,8 @@ mod driver;
 mod event;
 mod packed_device;
 mod packed_driver;
+#[cfg(feature = "std")]
+mod packed_recovery;
 mod split_device;
 mod split_driver;
 

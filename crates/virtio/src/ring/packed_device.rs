@@ -39,8 +39,8 @@ impl Position {
 
 /// The device end of a packed ring.
 pub struct PackedDevice {
-    size: u16,
-    ring: Area,
+    pub(super) size: u16,
+    pub(super) ring: Area,
     driver_event: Area,
     device_event: Area,
     event_idx: bool,
@@ -99,45 +99,6 @@ impl PackedDevice {
             avail_wrap: self.avail.wrap,
             used_wrap: self.used.wrap,
         }
-    }
-
-    /// The descriptor at `offset`, as it stands in memory.
-    #[inline(always)]
-    pub(crate) fn descriptor(&self, offset: u16) -> Descriptor {
-        Descriptor::load(&self.ring, offset)
-    }
-
-    /// Whether the descriptor at a used position has been given back.
-    pub(crate) fn is_used_at(&self, offset: u16, wrap: bool) -> bool {
-        let flags = self.flags(offset).load(Ordering::Acquire);
-        (flags & AVAIL != 0) == wrap && (flags & USED != 0) == wrap
-    }
-
-    /// Takes back used descriptors that were written behind `used` and never published, `outstanding` of them at most,
-    /// and tells where the ring stands when those are in flight.
-    pub(crate) fn forget_used(&self, used: (u16, bool), outstanding: u16) -> RingState {
-        let mut avail = Position { offset: used.0, wrap: used.1 };
-        for _ in 0..outstanding {
-            let flags = if avail.wrap { AVAIL } else { USED };
-            self.flags(avail.offset).store(flags, Ordering::Release);
-            avail.advance(1, self.size);
-        }
-        RingState { avail: avail.offset, avail_wrap: avail.wrap, used: used.0, used_wrap: used.1 }
-    }
-
-    /// Takes a chain from saved copies of its descriptors.
-    ///
-    /// # Errors
-    /// The chain is malformed.
-    pub(crate) fn take_copies(copies: &[Descriptor], chains: &mut Chains) -> Result<Token, RingError> {
-        chains.take(0, |builder| {
-            for copy in copies {
-                builder.push(*copy, copy.flags_packed(), true)?;
-                builder.slot.id = copy.id_packed();
-            }
-            builder.slot.descriptors = copies.len() as u16;
-            Ok(())
-        })
     }
 
     /// Takes up to `max` chains; their tokens are appended to `out`.
@@ -233,7 +194,7 @@ impl PackedDevice {
     }
 
     #[inline(always)]
-    fn flags(&self, offset: u16) -> &core::sync::atomic::AtomicU16 {
+    pub(super) fn flags(&self, offset: u16) -> &core::sync::atomic::AtomicU16 {
         self.ring.u16(usize::from(offset) * DESC_BYTES + 14)
     }
 
