@@ -92,7 +92,7 @@ mod tests {
     }
 }
 
-/// Every interleaving of two senders with a thread that sleeps whenever it may.
+/// The interleavings of two senders with a thread that sleeps whenever it may.
 #[cfg(all(test, loom))]
 mod model {
     use std::collections::VecDeque;
@@ -101,6 +101,8 @@ mod model {
     use loom::thread;
 
     use super::*;
+
+    const PREEMPTIONS_MAX: usize = 3;
 
     /// An edge-triggered eventfd as the sleeper sees it: a write while it sleeps, or before, ends one wait.
     struct Edge(Mutex<bool>, Condvar);
@@ -122,7 +124,10 @@ mod model {
 
     #[test]
     fn no_message_is_left_behind_by_a_thread_that_sleeps() {
-        loom::model(|| {
+        let mut model = loom::model::Builder::new();
+        // Without a bound it takes a minute and finds nothing more.
+        model.preemption_bound = Some(PREEMPTIONS_MAX);
+        model.check(|| {
             let shared =
                 Arc::new((Bell::new(), Mutex::new(VecDeque::new()), Edge(Mutex::new(false), Condvar::new())));
             let senders: Vec<_> = (0..2)

@@ -11,7 +11,7 @@ use crate::epoll::Watch;
 use crate::fair::Standing;
 use crate::policy::{self, Mode, WINDOW_NS_START};
 use crate::record::{Departure, PollerState, Record};
-use crate::{Budget, Poller, Ticks};
+use crate::{Budget, Poller, Ticks, Work};
 
 /// A poller that drains is called every turn for this long; most requests in flight complete within it.
 const DRAIN_SPIN_NS: u64 = 100_000;
@@ -34,8 +34,11 @@ pub(super) struct Slot {
     standing: Standing,
     /// It must be polled until then.
     awake_until: Ticks,
-    wake_at: Option<Ticks>,
+    /// `NEVER` if nothing is due.
+    wake_at: Ticks,
 }
+
+const NEVER: Ticks = Ticks(u64::MAX);
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Phase {
@@ -63,7 +66,7 @@ impl Slot {
             idle: false,
             standing: Standing { more: false, moved_at: now },
             awake_until: policy::awake_until(mode, now, WINDOW_NS_START),
-            wake_at: None,
+            wake_at: NEVER,
         };
         slot.record().counters.window_ns.set(WINDOW_NS_START);
         slot.disarm(now);
@@ -82,7 +85,7 @@ impl Slot {
     /// What [`policy::rest`] decides from.
     #[inline]
     pub(super) fn rest(&self) -> (Ticks, Option<Ticks>) {
-        (self.awake_until, self.wake_at)
+        (self.awake_until, (self.wake_at != NEVER).then_some(self.wake_at))
     }
 
     /// Whether it drains or has drained.
@@ -107,23 +110,29 @@ impl Slot {
         if self.phase != Phase::Serving {
             return self.drain(now);
         }
-        match catch_unwind(AssertUnwindSafe(|| self.poller.poll(now, budget))) {
-            Ok(work) => {
-                self.wake_at = work.wake_at;
-                if work.done == 0 && !work.more {
-                    self.idle = true;
-                    self.standing.more = false;
-                    self.record().counters.empty_polls.add(1);
-                    return false;
-                }
-                self.worked(now, work.done, work.more);
-                true
-            }
-            Err(panic) => {
-                self.fail("poll", &*panic, now);
-                true
-            }
+        // The report is read inside the fence: carried out of it, it would be copied in words that straddle the
+        // poller's stores, and wait for them.
+        let turn = catch_unwind(AssertUnwindSafe(|| {
+            let work = self.poller.poll(now, budget);
+            self.account(now, work)
+        }));
+        turn.unwrap_or_else(|panic| {
+            self.fail("poll", &*panic, now);
+            true
+        })
+    }
+
+    #[inline]
+    fn account(&mut self, now: Ticks, work: Work) -> bool {
+        self.wake_at = work.wake_at.unwrap_or(NEVER);
+        if work.done == 0 && !work.more {
+            self.idle = true;
+            self.standing.more = false;
+            self.record().counters.empty_polls.add(1);
+            return false;
         }
+        self.worked(now, work.done, work.more);
+        true
     }
 
     #[inline]
@@ -146,6 +155,7 @@ impl Slot {
         counters.done.add(u64::from(done));
     }
 
+    #[inline]
     fn adapt_window(&mut self, gap_ns: u64) {
         let window_ns = policy::window_after(self.window_ns, gap_ns);
         if window_ns != self.window_ns {
@@ -192,11 +202,13 @@ impl Slot {
         }
     }
 
+    #[cold]
+    #[inline(never)]
     fn drain(&mut self, now: Ticks) -> bool {
         let Phase::Draining { since, warned } = self.phase else { return false };
         match catch_unwind(AssertUnwindSafe(|| self.poller.drain(now))) {
             Ok(false) => {
-                self.wake_at = Some(now.plus_ns(DRAIN_NAP_NS));
+                self.wake_at = now.plus_ns(DRAIN_NAP_NS);
                 if !warned && now.since_ns(since) > DRAIN_WARN_NS {
                     self.phase = Phase::Draining { since, warned: true };
                     tracing::warn!(
@@ -218,6 +230,7 @@ impl Slot {
     }
 
     #[cold]
+    #[inline(never)]
     fn fail(&mut self, call: &str, panic: &(dyn Any + Send), now: Ticks) {
         let (poller, cause) = (&self.record().label, message(panic));
         tracing::error!(poller, call, cause, "a poller panicked and is removed; the others go on");
