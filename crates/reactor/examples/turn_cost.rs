@@ -2,18 +2,20 @@
 //!
 //! `cargo run --release -p exitless-reactor --example turn_cost`
 //!
-//! Prints the median over several runs of: a clock read, an empty turn with 1, 2 and 8 pollers, a turn in which the
-//! only poller did one request, and the last as a multiple of the clock read (which is what a turn cannot avoid).
-//! The pollers do nothing, behind a virtual call. Turns are measured in CPU time; the figures are for comparison within one run.
+//! A turn cannot cost less than the clock read in it, which is therefore measured too. The pollers do nothing, behind
+//! a virtual call: `empty` ones report no work, `busy` ones one request each time. All figures are CPU time, so that
+//! other processes count as little as possible; a busy hyper-thread sibling still shows, and moves every row.
 
 use std::error::Error;
+use std::io;
 use std::os::fd::RawFd;
 use std::time::Duration;
 
-use reactor::{Budget, Clock, Mode, Options, Poller, Pool, Ticks, Work};
+use reactor::{Budget, Clock, Mode, Options, Poller, PollerHandle, Pool, Ticks, Work};
 
 const RUNS: usize = 9;
 const RUN: Duration = Duration::from_millis(100);
+const IDLE_RUN: Duration = Duration::from_secs(2);
 const CLOCK_READS: u32 = 10_000_000;
 
 struct Nothing {
@@ -40,48 +42,61 @@ impl Poller for Nothing {
     }
 }
 
-fn median(mut run: impl FnMut() -> f64) -> f64 {
-    let mut runs: Vec<_> = (0..RUNS).map(|_| run()).collect();
-    runs.sort_by(f64::total_cmp);
-    runs[RUNS / 2]
+/// The least disturbed of several runs, and the middle one, in ns.
+struct Cost {
+    best: f64,
+    median: f64,
 }
 
-fn clock_ns(clock: Clock) -> f64 {
-    median(|| {
-        let start = clock.now();
+fn measure(mut run: impl FnMut() -> io::Result<f64>) -> io::Result<Cost> {
+    let mut runs = (0..RUNS).map(|_| run()).collect::<io::Result<Vec<_>>>()?;
+    runs.sort_by(f64::total_cmp);
+    Ok(Cost { best: runs[0], median: runs[RUNS / 2] })
+}
+
+fn clock_read(clock: Clock) -> io::Result<Cost> {
+    measure(|| {
+        let start = cpu_ns("turn_cost")?;
         for _ in 0..CLOCK_READS {
             std::hint::black_box(clock.now());
         }
-        clock.now().since_ns(start) as f64 / f64::from(CLOCK_READS)
+        Ok((cpu_ns("turn_cost")? - start) as f64 / f64::from(CLOCK_READS))
     })
 }
 
-fn turn_ns(pollers: usize, done: u32) -> Result<f64, Box<dyn Error>> {
+fn pool_of(pollers: usize, mode: Mode, done: u32) -> Result<(Pool, Vec<PollerHandle>), reactor::Error> {
     let pool = Pool::start(Options::default())?;
     let add = |index| {
-        let seat = pool.place("one thread", Mode::Poll)?;
+        let seat = pool.place("one thread", mode)?;
         seat.add(format!("nothing {index}"), move || Box::new(Nothing { done }))
     };
-    let _handles = (0..pollers).map(add).collect::<Result<Vec<_>, reactor::Error>>()?;
-    let cost = || {
-        let (turns, cpu_ns) = (pool.report()[0].stats.turns, cpu_ns("io-0")?);
-        std::thread::sleep(RUN);
-        let (turns, cpu_ns) = (pool.report()[0].stats.turns - turns, self::cpu_ns("io-0")? - cpu_ns);
-        Ok(cpu_ns as f64 / turns as f64)
-    };
-    let mut failed = None;
-    let median = median(|| {
-        cost().unwrap_or_else(|error: std::io::Error| {
-            failed = Some(error);
-            0.0
-        })
-    });
-    failed.map_or(Ok(median), |error| Err(error.into()))
+    let handles = (0..pollers).map(add).collect::<Result<Vec<_>, _>>()?;
+    Ok((pool, handles))
 }
 
-/// CPU time of this process's thread `name`, in ns (kernel, sched-stats.rst). Unlike wall-clock time it does not count
-/// what other processes take from the CPU.
-fn cpu_ns(name: &str) -> std::io::Result<u64> {
+fn turn(pollers: usize, done: u32) -> Result<Cost, Box<dyn Error>> {
+    let (pool, _handles) = pool_of(pollers, Mode::Poll, done)?;
+    let sample = || io::Result::Ok((pool.report()[0].stats.turns, cpu_ns("io-0")?));
+    Ok(measure(|| {
+        let before = sample()?;
+        std::thread::sleep(RUN);
+        let after = sample()?;
+        Ok((after.1 - before.1) as f64 / (after.0 - before.0) as f64)
+    })?)
+}
+
+/// CPU time of a thread with `pollers` idle hybrid pollers, as a fraction of a CPU.
+fn idle(pollers: usize) -> Result<f64, Box<dyn Error>> {
+    let (_pool, _handles) = pool_of(pollers, Mode::Hybrid, 0)?;
+    std::thread::sleep(RUN);
+    let before = cpu_ns("io-0")?;
+    std::thread::sleep(IDLE_RUN);
+    Ok((cpu_ns("io-0")? - before) as f64 / IDLE_RUN.as_nanos() as f64)
+}
+
+/// CPU time of this process's thread `name`, in ns (kernel, sched-stats.rst). Unlike wall-clock time it does not
+/// count what other processes take from the CPU.
+fn cpu_ns(name: &str) -> io::Result<u64> {
     for task in std::fs::read_dir("/proc/self/task")? {
         let task = task?.path();
         if std::fs::read_to_string(task.join("comm"))?.trim() == name {
@@ -89,24 +104,19 @@ fn cpu_ns(name: &str) -> std::io::Result<u64> {
             return Ok(stat.split(' ').next().and_then(|ns| ns.parse().ok()).unwrap_or(0));
         }
     }
-    Err(std::io::ErrorKind::NotFound.into())
+    Err(io::ErrorKind::NotFound.into())
 }
 
 fn main() -> Result<(), Box<dyn Error>> {
-    let clock = Clock::get();
-    let read = clock_ns(clock);
-    println!(
-        "clock read, {:24} {read:6.1} ns",
-        if clock.is_tsc() { "time-stamp counter" } else { "CLOCK_MONOTONIC" }
-    );
-    println!("clock read, {:24} {:6.1} ns", "CLOCK_MONOTONIC", clock_ns(Clock::monotonic()));
-    for (pollers, done) in [(1, 0), (2, 0), (8, 0), (1, 1), (2, 1)] {
-        let turn = turn_ns(pollers, done)?;
+    println!("{:40} {:>8} {:>8}", "ns of CPU time", "best", "median");
+    let row = |name: &str, cost: &Cost| println!("{name:40} {:8.1} {:8.1}", cost.best, cost.median);
+    let read = clock_read(Clock::get())?;
+    row(if Clock::get().is_tsc() { "clock read (TSC)" } else { "clock read" }, &read);
+    row("clock read (CLOCK_MONOTONIC)", &clock_read(Clock::monotonic())?);
+    for (pollers, done) in [(1, 0), (1, 1), (2, 0), (2, 1), (8, 0)] {
         let kind = if done > 0 { "busy" } else { "empty" };
-        println!(
-            "{kind:5} turn, {pollers} poller(s)          {turn:6.1} ns = {:.1} clock reads",
-            turn / read
-        );
+        row(&format!("{kind} turn, {pollers} poller(s)"), &turn(pollers, done)?);
     }
+    println!("idle hybrid thread, 8 pollers: {:.4} % of a CPU", 100.0 * idle(8)?);
     Ok(())
 }

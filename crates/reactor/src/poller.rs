@@ -57,19 +57,26 @@ impl Work {
 /// 3. To sleep: `arm` (every poller of the thread), one more `poll` round when one of them says that work
 ///    slipped in; on waking, `disarm` and poll again.
 /// 4. To remove it: `drain` until it returns true, then drop.
+///
+/// A panic in any of them goes no further: the thread logs it, removes the poller as in step 4 and serves the others.
 pub trait Poller {
     /// Does at most `budget` of work and says what was done and whether more is waiting.
     fn poll(&mut self, now: Ticks, budget: Budget) -> Work;
 
     /// Switches on every notification that announces new work. Returns true if work arrived before the
     /// notifications were on; the thread then polls again instead of sleeping.
+    ///
+    /// Only work that the next poll would do counts. Requests held back until `wake_at` do not: the thread would
+    /// poll and arm in circles.
     fn arm(&mut self) -> bool;
 
     /// Switches notifications off again, as far as the other side can be told.
     fn disarm(&mut self);
 
     /// Descriptors that become readable when there is work. They are watched edge-triggered and never read by the
-    /// thread: a peer that shares them cannot block it.
+    /// thread: a peer that shares them cannot block it. At most [`WAKE_FDS_MAX`](crate::WAKE_FDS_MAX): eventfds,
+    /// pipes, sockets, character devices. Pass those that a peer sent through
+    /// [`check_peer_fd`](crate::check_peer_fd) first.
     fn wake_fds(&self) -> Vec<RawFd>;
 
     /// Takes no new requests, goes on completing those in flight, and returns true once none is left.

@@ -129,7 +129,7 @@ impl Pool {
         Ok(thread)
     }
 
-    /// What every running thread and its pollers did so far. Takes no lock that a data path takes.
+    /// What every running thread and its pollers did so far.
     #[must_use]
     pub fn report(&self) -> Vec<ThreadReport> {
         let threads: Vec<_> = lock(&self.book).threads.iter().flatten().cloned().collect();
