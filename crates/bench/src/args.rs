@@ -1,0 +1,78 @@
+//! The command line of `exitless bench`.
+
+use std::path::PathBuf;
+
+use clap::Subcommand;
+
+/// Measure this program and other servers side by side.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    #[command(subcommand)]
+    pub(crate) what: What,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum What {
+    /// Disks: drive vhost-user-blk servers with one load generator.
+    Blk(BlkArgs),
+}
+
+/// Options of `exitless bench blk`.
+#[derive(Debug, clap::Args)]
+pub struct BlkArgs {
+    /// Fewer cases and short repetitions: two minutes, no root, no VM, no other package.
+    #[arg(long)]
+    pub(crate) quick: bool,
+
+    /// Run only cases whose name contains PATTERN, or fits it if it has a `*`; also `peer:PATTERN`.
+    #[arg(long, value_name = "PATTERN")]
+    pub(crate) only: Vec<String>,
+
+    /// Take the cases from the .toml files of this folder.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) cases: Option<PathBuf>,
+
+    /// Take the peers from the .toml files of this folder.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) peers: Option<PathBuf>,
+
+    /// List the cases and the peers, and what is missing for those that cannot be run here.
+    #[arg(long)]
+    pub(crate) list: bool,
+
+    /// Repetitions of each case and peer, interleaved [default: 5, with --quick 3].
+    #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub(crate) repetitions: Option<u32>,
+
+    /// Duration of each repetition in ms [default: 1000, with --quick 400].
+    #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u64).range(10..=3_600_000))]
+    pub(crate) measure_ms: Option<u64>,
+
+    /// The CPU of the servers [default: the first allowed].
+    #[arg(long, value_name = "CPU")]
+    pub(crate) server_cpu: Option<u32>,
+
+    /// The CPU of the load generator [default: the next one on another core].
+    #[arg(long, value_name = "CPU")]
+    pub(crate) client_cpu: Option<u32>,
+
+    /// The folder for the disk file [default: the folder for temporary files].
+    #[arg(long, value_name = "DIR")]
+    pub(crate) dir: Option<PathBuf>,
+
+    /// Print everything as JSON instead of tables.
+    #[arg(long, conflicts_with = "markdown")]
+    pub(crate) json: bool,
+
+    /// Print one compact Markdown table: a row for each case, a column for each peer.
+    #[arg(long)]
+    pub(crate) markdown: bool,
+
+    /// Keep every repetition as a line of this file.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) csv: Option<PathBuf>,
+
+    /// Draw the medians.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) svg: Option<PathBuf>,
+}

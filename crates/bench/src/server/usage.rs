@@ -1,0 +1,90 @@
+//! What a server uses: CPU time and memory, as the kernel accounts them.
+
+use std::fs;
+use std::path::PathBuf;
+
+use anyhow::{Context, Result};
+
+/// A server whose use of the machine is read.
+#[derive(Clone, Debug)]
+pub(crate) enum Usage {
+    /// All threads of a process, io_uring's workers included.
+    Process(u32),
+    /// One thread of this process.
+    Thread(u32),
+}
+
+impl Usage {
+    /// CPU time used so far by the threads that exist now, in ns. `schedstat` counts in ns what `stat` counts in ticks
+    /// of 10 ms.
+    pub(crate) fn cpu_ns(&self) -> Result<u64> {
+        let mut sum = 0;
+        for file in self.schedstat_files()? {
+            // A thread may end between being listed and being read.
+            if let Ok(text) = fs::read_to_string(file) {
+                sum += parse_schedstat(&text).context("cannot read a thread's schedstat")?;
+            }
+        }
+        Ok(sum)
+    }
+
+    fn schedstat_files(&self) -> Result<Vec<PathBuf>> {
+        match self {
+            Self::Thread(tid) => Ok(vec![format!("/proc/self/task/{tid}/schedstat").into()]),
+            Self::Process(pid) => {
+                let folder = format!("/proc/{pid}/task");
+                let threads = fs::read_dir(&folder).with_context(|| format!("cannot list {folder}"))?;
+                Ok(threads.filter_map(Result::ok).map(|thread| thread.path().join("schedstat")).collect())
+            }
+        }
+    }
+
+    /// Resident memory of its own, in KiB: without shared memory, which is the guest's. `None` for a thread.
+    pub(crate) fn own_memory_kib(&self) -> Option<u64> {
+        let Self::Process(pid) = self else { return None };
+        parse_own_memory(&fs::read_to_string(format!("/proc/{pid}/status")).ok()?)
+    }
+}
+
+/// The first number of `schedstat`: time on a CPU in ns (kernel, sched-stats.rst).
+fn parse_schedstat(text: &str) -> Option<u64> {
+    text.split_ascii_whitespace().next()?.parse().ok()
+}
+
+/// `RssAnon` and `RssFile` of `/proc/PID/status`.
+fn parse_own_memory(status: &str) -> Option<u64> {
+    let field = |name: &str| -> Option<u64> {
+        let line = status.lines().find_map(|line| line.strip_prefix(name))?;
+        line.trim().strip_suffix(" kB")?.trim().parse().ok()
+    };
+    Some(field("RssAnon:")? + field("RssFile:")?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn schedstat_begins_with_the_time_on_a_cpu() {
+        assert_eq!(parse_schedstat("123456789 42 7\n"), Some(123_456_789));
+        assert_eq!(parse_schedstat(""), None);
+    }
+
+    #[test]
+    fn shared_memory_is_not_counted() {
+        let status = "VmRSS:\t  9000 kB\nRssAnon:\t  1000 kB\nRssFile:\t  500 kB\nRssShmem:\t  7500 kB\n";
+        assert_eq!(parse_own_memory(status), Some(1500));
+    }
+
+    #[test]
+    fn this_process_uses_something() {
+        let usage = Usage::Process(std::process::id());
+        let before = usage.cpu_ns().unwrap();
+        let mut sum = 0_u64;
+        while usage.cpu_ns().unwrap() == before {
+            sum = sum.wrapping_add(1);
+        }
+        assert!(usage.own_memory_kib().unwrap() > 0);
+        assert!(Usage::Thread(1).own_memory_kib().is_none());
+    }
+}
