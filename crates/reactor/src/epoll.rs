@@ -10,10 +10,6 @@
 //! - Files whose `poll` handler belongs to somebody else are refused before the kernel calls it: on FUSE it is a
 //!   request that the peer's daemon may never answer. [`check_peer_fd`] refuses character devices for the same
 //!   reason (CUSE); a poller's own descriptors may be such devices (TAP).
-//!
-//! Unsafe is needed once, to borrow the raw descriptor of [`Poller::wake_fds`](crate::Poller::wake_fds) for the
-//! call that duplicates it.
-#![allow(unsafe_code)]
 
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
@@ -21,8 +17,9 @@ use std::rc::Rc;
 
 use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
 use rustix::fs::{AtFlags, FileType, StatxFlags, statx};
-use rustix::io::{Errno, fcntl_dupfd_cloexec};
 use rustix::time::Timespec;
+
+use crate::raw_fd::duplicate;
 
 /// Events taken per wake-up. More that are ready end the next sleep at once.
 const EVENTS_PER_WAIT: usize = 64;
@@ -168,16 +165,6 @@ impl Drop for Watch {
             tracing::error!(%error, "a wake descriptor could not be removed from epoll");
         }
     }
-}
-
-fn duplicate(fd: RawFd) -> rustix::io::Result<OwnedFd> {
-    if fd < 0 {
-        return Err(Errno::BADF);
-    }
-    // SAFETY: `fd` is not -1, and it is only passed to `fcntl(F_DUPFD_CLOEXEC)`, which fails with EBADF if it is
-    // not open. That it stays open for the call is what `Poller::wake_fds` asks of its implementors.
-    let file = unsafe { BorrowedFd::borrow_raw(fd) };
-    fcntl_dupfd_cloexec(file, 0)
 }
 
 #[cfg(test)]

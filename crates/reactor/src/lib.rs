@@ -29,6 +29,7 @@ pub mod placement;
 pub mod policy;
 mod poller;
 mod pool;
+mod raw_fd;
 mod record;
 mod stats;
 mod thread;
