@@ -15,7 +15,8 @@ use virtio::ring::{Chains, Token};
 pub struct Geometry {
     /// Capacity in bytes, a multiple of 512.
     pub bytes: u64,
-    /// Smallest efficient unit in bytes: 512 or 4096. Offsets and lengths of reads and writes need not be multiples.
+    /// Smallest efficient unit in bytes, a power of two of at least 512. Offsets and lengths of reads and writes need
+    /// not be multiples.
     pub block_bytes: u32,
     /// Nothing may be written.
     pub read_only: bool,
@@ -25,15 +26,37 @@ pub struct Geometry {
     pub discard: bool,
     /// `WriteZeroes` is possible.
     pub write_zeroes: bool,
+    /// `SecureErase` is possible.
+    pub secure_erase: bool,
 }
 
-/// What to do. Ranges are checked by the device: they lie within the capacity, and nothing but `Read` and `Flush`
-/// reaches a read-only backend.
+impl Geometry {
+    /// A writable disk of `bytes` bytes, rounded down to whole sectors, in units of 512 bytes, without any of what is
+    /// optional.
+    #[must_use]
+    pub fn new(bytes: u64) -> Self {
+        Self {
+            bytes: bytes & !511,
+            block_bytes: 512,
+            read_only: false,
+            flush: false,
+            discard: false,
+            write_zeroes: false,
+            secure_erase: false,
+        }
+    }
+}
+
+/// What to do. Ranges are checked by the device: they lie within the capacity, offsets and lengths are multiples of
+/// 512, and nothing but `Read` and `Flush` reaches a read-only backend.
+///
+/// No order holds between operations in flight together, except that `Flush` covers the writes that were done
+/// before it was submitted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum OpKind {
     /// Storage to the chain's writable buffers, all but their last byte.
     Read,
-    /// The chain's readable buffers, from byte 16 on, to storage.
+    /// The chain's readable buffers, from byte [`Op::DATA_OFFSET`] on, to storage.
     Write,
     /// All writes that were completed become durable.
     Flush,
@@ -44,6 +67,8 @@ pub enum OpKind {
         /// Space may be given back.
         unmap: bool,
     },
+    /// No trace of the range is left, nor of copies that the storage made of it.
+    SecureErase,
 }
 
 /// One request on its way to storage.
@@ -55,8 +80,13 @@ pub struct Op {
     pub kind: OpKind,
     /// Where, in bytes.
     pub offset: u64,
-    /// How much, in bytes; 0 for `Flush`.
+    /// How much, in bytes; 0 for `Flush`, never 0 otherwise.
     pub len: u64,
+}
+
+impl Op {
+    /// Where a write's data begin in the chain's readable buffers: behind the request header.
+    pub const DATA_OFFSET: usize = 16;
 }
 
 /// How a request ended: the status byte of virtio-blk (virtio 1.2, section 5.2.6).
@@ -97,7 +127,8 @@ pub trait Backend: Send + Sync {
     /// A resource is missing; the queue then answers every request with an I/O error.
     fn channel(&self, memory: &Arc<Memory>, depth: u16) -> Result<Box<dyn Channel>, BackendError>;
 
-    /// Grows or shrinks the storage, or takes over a size that it was given from outside (`bytes` None).
+    /// Grows or shrinks the storage, or takes over a size that it was given from outside (`bytes` None). Requests
+    /// that were checked against a larger size may still be under way; they fail or not, but do no harm.
     ///
     /// # Errors
     /// The storage cannot have that size. Nothing was changed.
@@ -105,9 +136,13 @@ pub trait Backend: Send + Sync {
 }
 
 /// One queue's way to the storage.
+///
+/// Dropping it with requests in flight is possible (the I/O thread was torn down) and must leave nothing behind that
+/// still reaches guest memory once the memory map is gone.
 pub trait Channel {
     /// Starts requests from the front of `ops` and removes them; what is left could not be taken now and is offered
-    /// again with the next burst. Requests that are over at once go to `done`.
+    /// again with the next burst. Requests that are over at once go to `done`. With nothing in flight, at least one
+    /// is taken.
     ///
     /// `chains` holds the buffers. The slices it lends end with the call; the memory they point to stays mapped, and
     /// the chain's, until its token is in `done`.
@@ -127,5 +162,23 @@ pub trait Channel {
     /// The thread is about to sleep: completions must become visible on the descriptor. True if some are waiting.
     fn arm(&mut self) -> bool {
         false
+    }
+
+    /// The thread polls again: completions need not show on the descriptor.
+    fn disarm(&mut self) {}
+}
+
+/// The way to storage that cannot be reached: every request fails.
+pub(crate) struct Unreachable;
+
+impl Channel for Unreachable {
+    fn submit(&mut self, ops: &mut Vec<Op>, _chains: &Chains, done: &mut Vec<Done>) {
+        done.extend(ops.drain(..).map(|op| Done { token: op.token, status: Status::IoError }));
+    }
+
+    fn reap(&mut self, _chains: &Chains, _done: &mut Vec<Done>) {}
+
+    fn in_flight(&self) -> usize {
+        0
     }
 }

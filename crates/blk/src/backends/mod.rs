@@ -1,3 +1,4 @@
 //! Storage. [`null`] is the template: copying it is all it takes to begin a new backend.
 
+pub mod memory;
 pub mod null;

@@ -18,19 +18,18 @@ impl Null {
     /// A disk of `bytes` bytes, rounded down to whole sectors.
     #[must_use]
     pub fn new(bytes: u64) -> Self {
-        Self { bytes: AtomicU64::new(bytes & !511) }
+        Self { bytes: AtomicU64::new(bytes) }
     }
 }
 
 impl Backend for Null {
     fn geometry(&self) -> Geometry {
         Geometry {
-            bytes: self.bytes.load(Ordering::Relaxed),
-            block_bytes: 512,
-            read_only: false,
             flush: true,
             discard: true,
             write_zeroes: true,
+            secure_erase: true,
+            ..Geometry::new(self.bytes.load(Ordering::Relaxed))
         }
     }
 
@@ -40,7 +39,7 @@ impl Backend for Null {
 
     fn resize(&self, bytes: Option<u64>) -> Result<Geometry, BackendError> {
         if let Some(bytes) = bytes {
-            self.bytes.store(bytes & !511, Ordering::Relaxed);
+            self.bytes.store(bytes, Ordering::Relaxed);
         }
         Ok(self.geometry())
     }

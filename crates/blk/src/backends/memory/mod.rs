@@ -1,0 +1,123 @@
+//! Storage in this process's memory. It is gone when the process ends; a page that was never written, or was
+//! discarded, takes no memory and reads as zeros.
+//!
+//! Requests are done when they are submitted, except for long ones, of which each turn does a part: queues that share
+//! the thread do not wait for a megabyte to be copied.
+
+mod store;
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use virtio::ring::Chains;
+
+use self::store::Store;
+use crate::backend::{Backend, BackendError, Channel, Done, Geometry, Op, OpKind, Status};
+use crate::data::Pieces;
+
+/// The most bytes copied for one operation in one go.
+const COPY_BYTES_MAX: u64 = 256 << 10;
+/// The most bytes given back to the system in one go: freeing that many takes about a millisecond.
+const FREE_BYTES_MAX: u64 = 16 << 20;
+
+/// A disk in memory.
+#[derive(Debug)]
+pub struct Memory {
+    store: Arc<Store>,
+    bytes: AtomicU64,
+}
+
+impl Memory {
+    /// A disk of `bytes` zero bytes, rounded down to whole sectors. With `huge`, in huge pages where the system has
+    /// them: faster at random access, but a single sector written takes 2 MiB.
+    ///
+    /// # Errors
+    /// The address space cannot be had.
+    pub fn new(bytes: u64, huge: bool) -> Result<Self, BackendError> {
+        Ok(Self { store: Arc::new(Store::new(bytes & !511, huge)?), bytes: AtomicU64::new(bytes & !511) })
+    }
+}
+
+impl Backend for Memory {
+    fn geometry(&self) -> Geometry {
+        Geometry {
+            block_bytes: 4096,
+            discard: true,
+            write_zeroes: true,
+            ..Geometry::new(self.bytes.load(Ordering::Relaxed))
+        }
+    }
+
+    fn channel(&self, _memory: &Arc<virtio::Memory>, depth: u16) -> Result<Box<dyn Channel>, BackendError> {
+        Ok(Box::new(MemoryChannel { store: self.store.clone(), long: VecDeque::with_capacity(depth.into()) }))
+    }
+
+    fn resize(&self, bytes: Option<u64>) -> Result<Geometry, BackendError> {
+        if let Some(bytes) = bytes {
+            let bytes = bytes & !511;
+            let before = self.bytes.load(Ordering::Relaxed);
+            self.store.resize(before, bytes)?;
+            self.bytes.store(bytes, Ordering::Relaxed);
+        }
+        Ok(self.geometry())
+    }
+}
+
+struct MemoryChannel {
+    store: Arc<Store>,
+    /// Operations too long for one go, and how much of each is done.
+    long: VecDeque<(Op, u64)>,
+}
+
+impl MemoryChannel {
+    /// Does the next part of `op`, after `progress` bytes; returns the bytes that are done now, or the failure.
+    #[inline(always)]
+    fn step(store: &Store, op: &Op, progress: u64, chains: &Chains) -> Result<u64, Status> {
+        let (at, left) = (op.offset + progress, op.len - progress);
+        match op.kind {
+            OpKind::Read | OpKind::Write => {
+                let now = left.min(COPY_BYTES_MAX);
+                let pieces = Pieces::new(op.kind, chains.get(&op.token), progress, now);
+                let copied =
+                    if op.kind == OpKind::Read { store.read(at, pieces) } else { store.write(at, pieces) };
+                if copied == now { Ok(progress + now) } else { Err(Status::IoError) }
+            }
+            OpKind::Discard | OpKind::WriteZeroes { .. } => {
+                let now = left.min(FREE_BYTES_MAX);
+                store.zero(at, now).map(|()| progress + now).map_err(|_| Status::IoError)
+            }
+            OpKind::Flush => Ok(0),
+            OpKind::SecureErase => Err(Status::Unsupported),
+        }
+    }
+}
+
+impl Channel for MemoryChannel {
+    fn submit(&mut self, ops: &mut Vec<Op>, chains: &Chains, done: &mut Vec<Done>) {
+        for op in ops.drain(..) {
+            match Self::step(&self.store, &op, 0, chains) {
+                Ok(progress) if progress < op.len => self.long.push_back((op, progress)),
+                Ok(_) => done.push(Done { token: op.token, status: Status::Ok }),
+                Err(status) => done.push(Done { token: op.token, status }),
+            }
+        }
+    }
+
+    fn reap(&mut self, chains: &Chains, done: &mut Vec<Done>) {
+        let Some((op, progress)) = self.long.pop_front() else { return };
+        match Self::step(&self.store, &op, progress, chains) {
+            Ok(progress) if progress < op.len => self.long.push_back((op, progress)),
+            Ok(_) => done.push(Done { token: op.token, status: Status::Ok }),
+            Err(status) => done.push(Done { token: op.token, status }),
+        }
+    }
+
+    fn in_flight(&self) -> usize {
+        self.long.len()
+    }
+
+    fn arm(&mut self) -> bool {
+        !self.long.is_empty()
+    }
+}

@@ -1,0 +1,283 @@
+//! The virtio-blk device: what the driver sees of a disk, and what its queues share.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use virtio::{ConfigError, ConfigListener, Device, PollerBuilder, Queue, StateError};
+
+use crate::backend::{Backend, BackendError, Geometry};
+use crate::config::{self, WRITEBACK_OFFSET};
+use crate::rate::{Limiter, RateLimit};
+use crate::request::{Disk, SECTOR_BYTES, SERIAL_BYTES};
+use crate::stats::{Counters, Stats};
+use crate::worker::Worker;
+
+/// The virtio device ID of a block device (virtio 1.2, section 5).
+const DEVICE_ID: u32 = 2;
+/// The most queues: more than one per CPU of the largest guests serves nobody.
+const QUEUES_MAX: u16 = 256;
+/// Version of the saved state's layout.
+const STATE_VERSION: u8 = 1;
+/// Version, writeback, 2 reserved bytes, logical block size, capacity in sectors.
+const STATE_BYTES: usize = 16;
+
+/// How a disk is presented.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Request queues, 1 to 256.
+    pub queues: u16,
+    /// The largest ring a queue may have, 4 to 32768, a power of two.
+    pub queue_size_max: u16,
+    /// What the disk calls itself: up to 20 ASCII characters.
+    pub serial: String,
+    /// The block size the driver is told to use: 512 to 4096 bytes, a power of two. Requests are in units of 512 bytes
+    /// all the same.
+    pub logical_block_bytes: u32,
+    /// Refuse writes even where the storage would take them.
+    pub read_only: bool,
+    /// The most that all queues together may do.
+    pub rate: RateLimit,
+}
+
+impl Default for Options {
+    /// One queue of up to 1024 descriptors, no serial, blocks of 512 bytes, no limit.
+    fn default() -> Self {
+        Self {
+            queues: 1,
+            queue_size_max: 1024,
+            serial: String::new(),
+            logical_block_bytes: 512,
+            read_only: false,
+            rate: RateLimit::NONE,
+        }
+    }
+}
+
+/// A disk cannot be presented like that.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum OptionsError {
+    /// Too few or too many queues.
+    #[error("{0} queues: a disk has 1 to {QUEUES_MAX}")]
+    Queues(u16),
+    /// An impossible ring size.
+    #[error("rings of up to {0} descriptors: the size must be a power of two from 4 to 32768")]
+    QueueSize(u16),
+    /// A serial that does not fit the answer.
+    #[error("serial {0:?}: it may have up to {SERIAL_BYTES} printable ASCII characters")]
+    Serial(String),
+    /// An impossible block size.
+    #[error("logical blocks of {0} bytes: the size must be 512, 1024, 2048 or 4096")]
+    BlockBytes(u32),
+}
+
+/// What the queues' workers share. Everything that changes is one atomic value.
+pub(crate) struct Shared {
+    pub(crate) backend: Arc<dyn Backend>,
+    pub(crate) serial: [u8; SERIAL_BYTES],
+    pub(crate) limiter: Limiter,
+    sectors: AtomicU64,
+    /// The geometry but for the size, as the driver is to see it.
+    geometry: Geometry,
+    writeback: AtomicBool,
+    /// The driver has chosen `writeback` since the last reset.
+    writeback_chosen: AtomicBool,
+}
+
+impl Shared {
+    /// What requests are checked against, now.
+    #[inline(always)]
+    pub(crate) fn disk(&self) -> Disk {
+        Disk { sectors: self.sectors.load(Ordering::Relaxed), geometry: self.geometry }
+    }
+
+    /// Whether completed writes may be volatile, if the driver may choose.
+    #[inline(always)]
+    pub(crate) fn writeback(&self) -> bool {
+        self.writeback.load(Ordering::Relaxed)
+    }
+
+    /// Section 5.2.5.2: a driver that could choose the cache mode but knows no flush gets write-through.
+    pub(crate) fn default_to_write_through(&self) {
+        if !self.writeback_chosen.load(Ordering::Relaxed) {
+            self.writeback.store(false, Ordering::Relaxed);
+        }
+    }
+}
+
+/// A virtio-blk device on any [`Backend`].
+pub struct Blk {
+    shared: Arc<Shared>,
+    options: Options,
+    features: u64,
+    stats: Box<[Arc<Stats>]>,
+    listener: Mutex<Option<ConfigListener>>,
+}
+
+impl Blk {
+    /// Presents `backend` as `options` say.
+    ///
+    /// # Errors
+    /// An option is out of its range.
+    pub fn new(backend: Arc<dyn Backend>, options: Options) -> Result<Self, OptionsError> {
+        let Options { queues, queue_size_max, ref serial, logical_block_bytes, .. } = options;
+        if queues == 0 || queues > QUEUES_MAX {
+            return Err(OptionsError::Queues(queues));
+        }
+        if !(4..=32768).contains(&queue_size_max) || !queue_size_max.is_power_of_two() {
+            return Err(OptionsError::QueueSize(queue_size_max));
+        }
+        if serial.len() > SERIAL_BYTES || !serial.bytes().all(|b| b == b' ' || b.is_ascii_graphic()) {
+            return Err(OptionsError::Serial(serial.clone()));
+        }
+        if !(512..=4096).contains(&logical_block_bytes) || !logical_block_bytes.is_power_of_two() {
+            return Err(OptionsError::BlockBytes(logical_block_bytes));
+        }
+        let mut geometry = backend.geometry();
+        let features = config::offered(&geometry, &options);
+        geometry.read_only = config::read_only(&geometry, &options);
+        let mut padded = [0; SERIAL_BYTES];
+        padded[..serial.len()].copy_from_slice(serial.as_bytes());
+        let shared = Shared {
+            backend,
+            serial: padded,
+            limiter: Limiter::new(options.rate),
+            sectors: AtomicU64::new(geometry.bytes / SECTOR_BYTES),
+            geometry,
+            writeback: AtomicBool::new(true),
+            writeback_chosen: AtomicBool::new(false),
+        };
+        Ok(Self {
+            shared: Arc::new(shared),
+            features,
+            stats: (0..queues).map(|_| Arc::default()).collect(),
+            options,
+            listener: Mutex::new(None),
+        })
+    }
+
+    /// Resizes the storage to `bytes`, or takes over the size it was given from outside (None), and tells the driver.
+    /// Returns the new capacity in bytes.
+    ///
+    /// # Errors
+    /// The storage cannot have that size. Nothing was changed.
+    pub fn resize(&self, bytes: Option<u64>) -> Result<u64, BackendError> {
+        let sectors = self.shared.backend.resize(bytes)?.bytes / SECTOR_BYTES;
+        let before = self.shared.sectors.swap(sectors, Ordering::Relaxed);
+        if before != sectors {
+            tracing::info!(before, sectors, "disk resized");
+            let listener = self.listener.lock().unwrap_or_else(PoisonError::into_inner).clone();
+            if let Some(listener) = listener {
+                listener();
+            }
+        }
+        Ok(sectors * SECTOR_BYTES)
+    }
+
+    /// The capacity in bytes.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        self.shared.sectors.load(Ordering::Relaxed) * SECTOR_BYTES
+    }
+
+    /// Replaces the limit on what all queues together may do. A thread that already waits for the old limit's pause to
+    /// end finishes that wait.
+    pub fn set_rate_limit(&self, limit: RateLimit) {
+        self.shared.limiter.set(limit);
+    }
+
+    /// What each queue has done.
+    #[must_use]
+    pub fn queue_counters(&self) -> Vec<Counters> {
+        self.stats.iter().map(|stats| stats.read()).collect()
+    }
+
+    /// What all queues have done.
+    #[must_use]
+    pub fn counters(&self) -> Counters {
+        let mut sum = Counters::default();
+        self.stats.iter().for_each(|stats| sum += stats.read());
+        sum
+    }
+}
+
+impl Device for Blk {
+    fn device_id(&self) -> u32 {
+        DEVICE_ID
+    }
+
+    fn features(&self) -> u64 {
+        self.features
+    }
+
+    fn queues(&self) -> u16 {
+        self.options.queues
+    }
+
+    fn queue_size_max(&self) -> u16 {
+        self.options.queue_size_max
+    }
+
+    fn config(&self) -> Vec<u8> {
+        let Disk { sectors, geometry } = self.shared.disk();
+        config::space(&geometry, &self.options, sectors, self.shared.writeback()).to_vec()
+    }
+
+    fn write_config(&self, offset: u32, data: &[u8]) -> Result<(), ConfigError> {
+        match (offset, data) {
+            (WRITEBACK_OFFSET, &[writeback]) if self.features & config::features::CONFIG_WCE != 0 => {
+                self.shared.writeback_chosen.store(true, Ordering::Relaxed);
+                self.shared.writeback.store(writeback != 0, Ordering::Relaxed);
+                Ok(())
+            }
+            _ => Err(ConfigError { offset, len: data.len() }),
+        }
+    }
+
+    fn set_config_listener(&self, listener: Option<ConfigListener>) {
+        *self.listener.lock().unwrap_or_else(PoisonError::into_inner) = listener;
+    }
+
+    fn start_queue(&self, queue: Queue) -> PollerBuilder {
+        let shared = self.shared.clone();
+        let offered = self.features;
+        // A transport starts no queue that the device does not have; if one did, its figures would go nowhere.
+        let stats = self.stats.get(usize::from(queue.index())).cloned().unwrap_or_default();
+        Box::new(move || Box::new(Worker::new(queue, shared, offered, stats)))
+    }
+
+    fn reset(&self) {
+        self.shared.writeback.store(true, Ordering::Relaxed);
+        self.shared.writeback_chosen.store(false, Ordering::Relaxed);
+    }
+
+    fn save(&self) -> Vec<u8> {
+        let mut state = vec![STATE_VERSION, u8::from(self.shared.writeback()), 0, 0];
+        state.extend(self.options.logical_block_bytes.to_le_bytes());
+        state.extend(self.shared.disk().sectors.to_le_bytes());
+        state
+    }
+
+    fn restore(&self, state: &[u8]) -> Result<(), StateError> {
+        if state.is_empty() {
+            return Ok(());
+        }
+        if state.len() != STATE_BYTES || state[0] != STATE_VERSION || state[1] > 1 {
+            return Err(StateError(format!(
+                "{} bytes, version {}: expected {STATE_BYTES} bytes of version {STATE_VERSION}",
+                state.len(),
+                state[0]
+            )));
+        }
+        let mine = self.save();
+        if state[4..] != mine[4..] {
+            return Err(StateError(format!(
+                "block size and capacity were {:?} and are {:?}; the disk must be the same one",
+                &state[4..],
+                &mine[4..]
+            )));
+        }
+        self.shared.writeback_chosen.store(true, Ordering::Relaxed);
+        self.shared.writeback.store(state[1] != 0, Ordering::Relaxed);
+        Ok(())
+    }
+}

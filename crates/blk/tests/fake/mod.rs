@@ -1,0 +1,297 @@
+//! A driver for a whole disk: rings, memory and the poller of one queue, turned by the test's own thread.
+#![allow(dead_code, unreachable_pub, reason = "each test uses a part of it")]
+#![allow(clippy::unwrap_used, reason = "a test that cannot set up is over")]
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use blk::{Backend, Blk, Options};
+use reactor::{Budget, Poller, Ticks, Work};
+use virtio::memory::{Area, GuestAddr, Mapping, Memory, Region};
+use virtio::ring::{Buffer, DriverRing};
+use virtio::{Device, Queue, QueueConfig, QueueHandle, RingConfig, RingFormat};
+
+pub const BUDGET: Budget = Budget { requests: 256, bytes: 1 << 30 };
+const MEMORY_BYTES: u64 = 64 << 20;
+const RING_AREA_BYTES: u64 = 1 << 20;
+
+pub const IN: u32 = 0;
+pub const OUT: u32 = 1;
+pub const FLUSH: u32 = 4;
+pub const GET_ID: u32 = 8;
+pub const DISCARD: u32 = 11;
+pub const WRITE_ZEROES: u32 = 13;
+pub const SECURE_ERASE: u32 = 14;
+
+pub const OK: u8 = 0;
+pub const IO_ERROR: u8 = 1;
+pub const UNSUPPORTED: u8 = 2;
+
+/// What the ring is like.
+#[derive(Clone, Copy, Debug)]
+pub struct Ring {
+    pub format: RingFormat,
+    pub size: u16,
+    pub indirect: bool,
+    pub event_idx: bool,
+    pub in_order: bool,
+}
+
+impl Ring {
+    pub const SPLIT: Self =
+        Self { format: RingFormat::Split, size: 256, indirect: false, event_idx: false, in_order: false };
+    pub const PACKED: Self = Self { format: RingFormat::Packed, ..Self::SPLIT };
+
+    /// Both formats with every combination of ring features.
+    pub fn all() -> impl Iterator<Item = Self> {
+        (0..16).map(|bits| Self {
+            format: if bits & 1 == 0 { RingFormat::Split } else { RingFormat::Packed },
+            size: 128,
+            indirect: bits & 2 != 0,
+            event_idx: bits & 4 != 0,
+            in_order: bits & 8 != 0,
+        })
+    }
+}
+
+/// A request on its way, for [`Rig::wait`].
+#[derive(Debug)]
+pub struct Sent {
+    pub id: u16,
+    writable: Vec<(u64, usize)>,
+}
+
+/// What came back.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Answer {
+    pub written: u32,
+    /// All writable bytes; the last one is the status.
+    pub bytes: Vec<u8>,
+}
+
+impl Answer {
+    pub fn status(&self) -> u8 {
+        *self.bytes.last().unwrap()
+    }
+
+    pub fn data(&self) -> &[u8] {
+        &self.bytes[..self.bytes.len() - 1]
+    }
+}
+
+pub struct Rig {
+    pub disk: Arc<Blk>,
+    pub poller: Box<dyn Poller>,
+    pub handle: QueueHandle,
+    pub driver: DriverRing,
+    pub now: Ticks,
+    pub last: Work,
+    memory: Arc<Memory>,
+    ram: Area,
+    ring: Ring,
+    next: u64,
+    back: Vec<(u16, u32)>,
+}
+
+impl Rig {
+    pub fn new(backend: Arc<dyn Backend>, ring: Ring) -> Self {
+        Self::with(Arc::new(Blk::new(backend, Options::default()).unwrap()), ring, u64::MAX, 0)
+    }
+
+    pub fn with(disk: Arc<Blk>, ring: Ring, features: u64, index: u16) -> Self {
+        let (mapping, _) = Mapping::anonymous("blk test", MEMORY_BYTES).unwrap();
+        let region = Region::new(GuestAddr(0), Arc::new(mapping)).unwrap();
+        let memory = Arc::new(Memory::new(vec![region]).unwrap());
+        let [desc, driver, _] = DriverRing::layout(ring.format, ring.size);
+        let config = RingConfig {
+            format: ring.format,
+            size: ring.size,
+            desc: GuestAddr(0),
+            driver: GuestAddr(desc as u64),
+            device: GuestAddr((desc + driver) as u64),
+            event_idx: ring.event_idx,
+            indirect: ring.indirect,
+            in_order: ring.in_order,
+        };
+        let (queue, handle) = Queue::new(QueueConfig {
+            index,
+            features: features & disk.features(),
+            ring: config,
+            state: None,
+            memory: memory.clone(),
+            kick: None,
+            call: None,
+            log: None,
+            inflight: None,
+            on_error: None,
+        })
+        .unwrap();
+        let mut poller = disk.start_queue(queue)();
+        poller.disarm();
+        Self {
+            poller,
+            handle,
+            driver: DriverRing::new(&config, &memory).unwrap(),
+            now: Ticks(1_000_000_000),
+            last: Work::NONE,
+            ram: memory.area(GuestAddr(0), MEMORY_BYTES as usize, 8).unwrap(),
+            memory,
+            ring,
+            next: RING_AREA_BYTES,
+            back: Vec::new(),
+            disk,
+        }
+    }
+
+    pub fn poke(&self, at: u64, bytes: &[u8]) {
+        for (i, &byte) in bytes.iter().enumerate() {
+            self.ram.u8(at as usize + i).store(byte, Ordering::Relaxed);
+        }
+    }
+
+    pub fn peek(&self, at: u64, len: usize) -> Vec<u8> {
+        (0..len).map(|i| self.ram.u8(at as usize + i).load(Ordering::Relaxed)).collect()
+    }
+
+    /// Guest memory for `len` bytes at an address that is `misaligned` bytes behind a multiple of 4096.
+    pub fn alloc(&mut self, len: usize, misaligned: u64) -> u64 {
+        let at = self.next.next_multiple_of(4096) + misaligned;
+        let end = at + len as u64;
+        if end > MEMORY_BYTES {
+            // Enough for what any one test has in flight.
+            self.next = RING_AREA_BYTES;
+            return self.alloc(len, misaligned);
+        }
+        self.next = end;
+        at
+    }
+
+    /// Publishes a chain of the given readable bytes and writable lengths; None if the ring is full.
+    pub fn try_send(&mut self, readable: &[&[u8]], writable: &[usize], misaligned: u64) -> Option<Sent> {
+        let mut buffers = Vec::new();
+        for bytes in readable {
+            let at = self.alloc(bytes.len(), misaligned);
+            self.poke(at, bytes);
+            buffers.push(Buffer { addr: GuestAddr(at), len: bytes.len() as u32, writable: false });
+        }
+        let mut areas = Vec::new();
+        for &len in writable {
+            let at = self.alloc(len, misaligned);
+            self.poke(at, &vec![0xEE; len.min(1 << 20)]);
+            buffers.push(Buffer { addr: GuestAddr(at), len: len as u32, writable: true });
+            areas.push((at, len));
+        }
+        let id = if self.ring.indirect {
+            let bytes = 16 * buffers.len();
+            let table = self.alloc(bytes, 0);
+            let area = self.memory.area(GuestAddr(table), bytes, 16).unwrap();
+            self.driver.add_indirect(&area, GuestAddr(table), &buffers)
+        } else {
+            self.driver.add(&buffers)
+        }?;
+        self.driver.publish();
+        Some(Sent { id, writable: areas })
+    }
+
+    pub fn send(&mut self, readable: &[&[u8]], writable: &[usize]) -> Sent {
+        self.try_send(readable, writable, 0).unwrap()
+    }
+
+    /// One turn of the queue.
+    pub fn turn(&mut self) -> Work {
+        self.now = self.now.plus_ns(1000);
+        self.last = self.poller.poll(self.now, BUDGET);
+        while let Some(completion) = self.driver.reap().unwrap() {
+            self.back.push((completion.id, completion.written));
+        }
+        self.last
+    }
+
+    pub fn is_back(&self, sent: &Sent) -> bool {
+        self.back.iter().any(|&(id, _)| id == sent.id)
+    }
+
+    pub fn wait(&mut self, sent: Sent) -> Answer {
+        let deadline = Instant::now() + Duration::from_secs(20);
+        loop {
+            if let Some(i) = self.back.iter().position(|&(id, _)| id == sent.id) {
+                let (_, written) = self.back.remove(i);
+                let bytes = sent.writable.iter().flat_map(|&(at, len)| self.peek(at, len)).collect();
+                return Answer { written, bytes };
+            }
+            if self.turn().done == 0 {
+                assert!(Instant::now() < deadline, "request {} does not come back", sent.id);
+                std::thread::yield_now();
+            }
+        }
+    }
+
+    pub fn ask(&mut self, readable: &[&[u8]], writable: &[usize]) -> Answer {
+        let sent = self.send(readable, writable);
+        self.wait(sent)
+    }
+
+    /// A request in the usual three parts.
+    pub fn request(&mut self, kind: u32, sector: u64, out: &[u8], room: usize) -> Answer {
+        let head = header(kind, sector);
+        match (out.is_empty(), room) {
+            (true, 0) => self.ask(&[&head], &[1]),
+            (true, _) => self.ask(&[&head], &[room, 1]),
+            (false, 0) => self.ask(&[&head, out], &[1]),
+            (false, _) => self.ask(&[&head, out], &[room, 1]),
+        }
+    }
+
+    pub fn read(&mut self, sector: u64, len: usize) -> Vec<u8> {
+        let answer = self.request(IN, sector, &[], len);
+        assert_eq!((answer.status(), answer.written), (OK, len as u32 + 1));
+        answer.data().to_vec()
+    }
+
+    pub fn write(&mut self, sector: u64, data: &[u8]) {
+        assert_eq!(self.request(OUT, sector, data, 0).status(), OK);
+    }
+
+    pub fn status(&mut self, kind: u32, sector: u64, out: &[u8], room: usize) -> u8 {
+        self.request(kind, sector, out, room).status()
+    }
+
+    /// Drains the queue within the deadline.
+    pub fn drain(&mut self) {
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while !self.poller.drain(self.now) {
+            assert!(Instant::now() < deadline, "the queue does not drain");
+            std::thread::yield_now();
+        }
+    }
+}
+
+pub fn header(kind: u32, sector: u64) -> [u8; 16] {
+    let mut header = [0; 16];
+    header[..4].copy_from_slice(&kind.to_le_bytes());
+    header[8..].copy_from_slice(&sector.to_le_bytes());
+    header
+}
+
+/// A `struct virtio_blk_discard_write_zeroes`.
+pub fn range(sector: u64, sectors: u32, flags: u32) -> [u8; 16] {
+    let mut range = [0; 16];
+    range[..8].copy_from_slice(&sector.to_le_bytes());
+    range[8..12].copy_from_slice(&sectors.to_le_bytes());
+    range[12..].copy_from_slice(&flags.to_le_bytes());
+    range
+}
+
+/// `len` bytes that differ by position and seed.
+pub fn pattern(len: usize, seed: u64) -> Vec<u8> {
+    let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
+    (0..len)
+        .map(|_| {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            (state >> 24) as u8
+        })
+        .collect()
+}
