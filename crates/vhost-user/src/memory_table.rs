@@ -1,0 +1,109 @@
+//! The guest's memory as the front end describes it: where each region is in the guest, in the front end's process,
+//! and in a file.
+//!
+//! Buffers are named by guest address, rings by the address they have in the front end's process ("user address").
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use virtio::memory::{Mapping, MappingError, REGIONS_MAX};
+use virtio::{GuestAddr, Memory, MemoryError, Region};
+
+use crate::request::RegionInfo;
+
+/// Why a change of the memory table was refused. The table is as it was.
+#[derive(Debug, thiserror::Error)]
+pub enum MemoryTableError {
+    /// The file cannot be mapped.
+    #[error("memory region at guest address {guest:#x}: {source}")]
+    Mapping {
+        /// Where the region was to be.
+        guest: u64,
+        /// Why not.
+        source: MappingError,
+    },
+    /// The regions do not make a map.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// There is no such region to remove.
+    #[error("no memory region of {len} bytes at guest address {guest:#x}, user address {user:#x}")]
+    NoSuchRegion {
+        /// Guest address asked for.
+        guest: u64,
+        /// User address asked for.
+        user: u64,
+        /// Size asked for, in bytes.
+        len: u64,
+    },
+}
+
+#[derive(Clone)]
+struct Entry {
+    info: RegionInfo,
+    region: Region,
+}
+
+/// The memory table of a session. Every change makes a new [`Memory`]; queues hold on to the one they started with.
+#[derive(Default)]
+pub(crate) struct MemoryTable {
+    entries: Vec<Entry>,
+    memory: Arc<Memory>,
+}
+
+impl MemoryTable {
+    /// The most regions, to be told to the front end.
+    pub(crate) const SLOTS_MAX: u64 = REGIONS_MAX as u64;
+
+    /// The map as it is now.
+    pub(crate) fn memory(&self) -> &Arc<Memory> {
+        &self.memory
+    }
+
+    /// A table of these regions.
+    pub(crate) fn new(regions: Vec<(RegionInfo, OwnedFd)>) -> Result<Self, MemoryTableError> {
+        Self::of(regions.into_iter().map(|(info, fd)| Entry::map(info, &fd)).collect::<Result<_, _>>()?)
+    }
+
+    /// The table with one more region.
+    pub(crate) fn with(&self, info: RegionInfo, fd: &OwnedFd) -> Result<Self, MemoryTableError> {
+        // Before it is mapped: the number of mappings in the process is limited too.
+        if self.entries.len() >= REGIONS_MAX {
+            return Err(MemoryError::TooManyRegions(self.entries.len() + 1).into());
+        }
+        let mut entries = self.entries.clone();
+        entries.push(Entry::map(info, fd)?);
+        Self::of(entries)
+    }
+
+    /// The table without a region, which is named by its addresses and size.
+    pub(crate) fn without(&self, info: RegionInfo) -> Result<Self, MemoryTableError> {
+        let RegionInfo { guest, len, user, .. } = info;
+        let same = |e: &Entry| (e.info.guest, e.info.len, e.info.user) == (guest, len, user);
+        let at = self.entries.iter().position(same);
+        let mut entries = self.entries.clone();
+        entries.remove(at.ok_or(MemoryTableError::NoSuchRegion { guest, user, len })?);
+        Self::of(entries)
+    }
+
+    /// The guest address of a user address. Where the front end has two regions at the same user address, either
+    /// names the same memory.
+    pub(crate) fn guest_addr(&self, user: u64) -> Option<GuestAddr> {
+        self.entries.iter().find_map(|Entry { info, .. }| {
+            let offset = user.checked_sub(info.user).filter(|&offset| offset < info.len)?;
+            Some(GuestAddr(info.guest + offset))
+        })
+    }
+
+    fn of(entries: Vec<Entry>) -> Result<Self, MemoryTableError> {
+        let memory = Arc::new(Memory::new(entries.iter().map(|e| e.region.clone()).collect())?);
+        Ok(Self { entries, memory })
+    }
+}
+
+impl Entry {
+    fn map(info: RegionInfo, fd: &OwnedFd) -> Result<Self, MemoryTableError> {
+        let mapping = Mapping::new(fd, info.offset, info.len)
+            .map_err(|source| MemoryTableError::Mapping { guest: info.guest, source })?;
+        Ok(Self { info, region: Region::new(GuestAddr(info.guest), Arc::new(mapping))? })
+    }
+}

@@ -1,0 +1,395 @@
+//! The control thread of one device.
+//!
+//! It waits for everything at once (shutdown, the device, the listener, the front end) and hands whole messages to the
+//! session. One front end at a time holds the device; a second one is turned away, and when the first is gone, for
+//! whatever reason, the next may come.
+
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use virtio::{QueueCounters, QueueSet};
+
+use crate::bell::Bell;
+use crate::listener::{ListenError, Listener};
+use crate::session::{Session, SessionError, SessionOptions, lock};
+use crate::wire::{Connection, Received, WireError};
+
+/// How long no front end is accepted after the system refused to (it is out of descriptors).
+const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
+
+/// How a device is served.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Where front ends connect.
+    pub socket: PathBuf,
+    /// Permissions of the socket file.
+    pub socket_mode: u32,
+    /// Virtio feature bits not to offer, whatever the device has. User-Mode Linux up to 6.x needs none withheld: its
+    /// way of setting up packed rings is recognised.
+    pub without: u64,
+    /// Offer guests memory to write to instead of kicking, for the queues whose thread never sleeps.
+    pub host_notifier: bool,
+}
+
+impl Options {
+    /// A socket for this user only, and everything offered.
+    #[must_use]
+    pub fn new(socket: impl Into<PathBuf>) -> Self {
+        Self { socket: socket.into(), socket_mode: 0o600, without: 0, host_notifier: false }
+    }
+}
+
+/// Why a device cannot be served (any longer).
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Nobody can connect.
+    #[error(transparent)]
+    Listen(#[from] ListenError),
+    /// The system refused.
+    #[error("cannot {what}: {source}")]
+    System {
+        /// What was being done.
+        what: &'static str,
+        /// The system's reason.
+        source: std::io::Error,
+    },
+}
+
+/// Who is at the other end, as the kernel says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Peer {
+    /// Process.
+    pub pid: i32,
+    /// User.
+    pub uid: u32,
+}
+
+/// The state of one queue.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct QueueStatus {
+    /// The front end has kicked or is to be polled.
+    pub started: bool,
+    /// The front end wants it served.
+    pub enabled: bool,
+    /// Descriptors; None if the front end has not said.
+    pub size: Option<u16>,
+    /// What it has counted since it was last started; None while it does not run (or is just stopping).
+    pub counters: Option<QueueCounters>,
+    /// Its ring is broken, or the device's code for it has failed.
+    pub failed: bool,
+}
+
+/// What a server is doing.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Status {
+    /// The front end that has the device.
+    pub peer: Option<Peer>,
+    /// Virtio features it has negotiated.
+    pub features: u64,
+    /// Front ends so far, this one included.
+    pub sessions: u64,
+    /// Front ends turned away because another had the device.
+    pub refused: u64,
+    /// Messages received, in all sessions.
+    pub messages: u64,
+    /// Why the last session that did not end in peace has ended.
+    pub last_error: Option<String>,
+    /// The queues.
+    pub queues: Vec<QueueStatus>,
+}
+
+/// What the control thread shares with others.
+struct Shared {
+    status: Mutex<Status>,
+    queues: Arc<Mutex<QueueSet>>,
+}
+
+impl Shared {
+    fn status(&self) -> MutexGuard<'_, Status> {
+        self.status.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Tells about a server, from any thread.
+#[derive(Clone)]
+pub struct ServerHandle(Arc<Shared>);
+
+impl ServerHandle {
+    /// What the server is doing.
+    #[must_use]
+    pub fn status(&self) -> Status {
+        let mut status = self.0.status().clone();
+        // Not waiting for a queue that is being stopped: its backend may take its time.
+        if let Ok(queues) = self.0.queues.try_lock() {
+            for (index, queue) in (0u16..).zip(&mut status.queues) {
+                queue.counters = queues.counters(index);
+                queue.failed = queues.has_failed(index) || queues.error(index).is_some();
+            }
+        }
+        status
+    }
+}
+
+/// Where a device says that its configuration has changed.
+struct Signals {
+    bell: Arc<Bell>,
+    config_changed: AtomicBool,
+}
+
+/// A device behind a vhost-user socket.
+pub struct Server {
+    listener: Listener,
+    shared: Arc<Shared>,
+    signals: Arc<Signals>,
+    session_options: SessionOptions,
+}
+
+impl Server {
+    /// Makes the socket. Front ends can connect from now on and are served by [`Server::run`].
+    ///
+    /// # Errors
+    /// The socket cannot be made, or somebody else uses it.
+    pub fn new(queues: QueueSet, options: &Options) -> Result<Self, Error> {
+        let listener = Listener::new(&options.socket, options.socket_mode)?;
+        let bell = Bell::new().map_err(|e| Error::System { what: "make an eventfd", source: e.into() })?;
+        let signals = Arc::new(Signals { bell: Arc::new(bell), config_changed: AtomicBool::new(false) });
+        let device = queues.device().clone();
+        let for_device = signals.clone();
+        device.set_config_listener(Some(Arc::new(move || {
+            for_device.config_changed.store(true, Ordering::Release);
+            for_device.bell.ring();
+        })));
+        let status =
+            Status { queues: vec![QueueStatus::default(); device.queues().into()], ..Status::default() };
+        let shared = Shared { status: Mutex::new(status), queues: Arc::new(Mutex::new(queues)) };
+        Ok(Self {
+            listener,
+            shared: Arc::new(shared),
+            signals,
+            session_options: SessionOptions {
+                without: options.without,
+                host_notifier: options.host_notifier,
+            },
+        })
+    }
+
+    /// Tells about the server.
+    #[must_use]
+    pub fn handle(&self) -> ServerHandle {
+        ServerHandle(self.shared.clone())
+    }
+
+    /// Serves front ends until `shutdown` becomes readable (it is not read). Then the queues are stopped, which completes
+    /// the requests in flight, and the connection is closed.
+    ///
+    /// # Errors
+    /// The system refuses to wait for descriptors. No fault of a front end ends it.
+    pub fn run(&self, shutdown: BorrowedFd<'_>) -> Result<(), Error> {
+        let mut active: Option<Active> = None;
+        let mut deaf_until: Option<Instant> = None;
+        loop {
+            let ready = self.wait(shutdown, active.as_ref(), deaf_until)?;
+            if ready.shutdown {
+                break;
+            }
+            if deaf_until.is_some_and(|until| Instant::now() >= until) {
+                deaf_until = None;
+            }
+            if ready.bell {
+                self.signals.bell.quiet();
+            }
+            let config_changed = self.signals.config_changed.swap(false, Ordering::AcqRel);
+            if let Some(session) = active.as_mut().map(|active| &mut active.session)
+                && config_changed
+            {
+                session.config_changed();
+            }
+            active = active.and_then(|active| self.step(active));
+            if ready.listener {
+                match self.listener.accept() {
+                    Ok(Some(stream)) if active.is_some() => self.refuse(&stream),
+                    Ok(Some(stream)) => active = Some(self.begin(stream)),
+                    Ok(None) => {}
+                    Err(error) => {
+                        tracing::warn!(%error, "cannot accept a front end");
+                        deaf_until = Some(Instant::now() + ACCEPT_PAUSE);
+                    }
+                }
+            }
+        }
+        if let Some(active) = active {
+            self.end(active, None);
+        }
+        Ok(())
+    }
+
+    /// Waits until there is something to do.
+    fn wait(
+        &self,
+        shutdown: BorrowedFd<'_>,
+        active: Option<&Active>,
+        deaf_until: Option<Instant>,
+    ) -> Result<Ready, Error> {
+        let listens = if deaf_until.is_some() { PollFlags::empty() } else { PollFlags::IN };
+        let mut fds = vec![
+            PollFd::from_borrowed_fd(shutdown, PollFlags::IN),
+            PollFd::new(&*self.signals.bell, PollFlags::IN),
+            PollFd::new(&self.listener, listens),
+        ];
+        let mut deadline = deaf_until;
+        if let Some(Active { connection, session, .. }) = active {
+            fds.push(PollFd::new(connection, PollFlags::IN));
+            if let Some(channel) = session.channel_to_flush() {
+                fds.push(PollFd::new(channel, PollFlags::OUT));
+            }
+            let mut times = vec![deadline, connection.deadline()];
+            if let Some(transfer) = session.transfer() {
+                fds.push(PollFd::new(transfer, transfer.events()));
+                times.push(Some(transfer.deadline()));
+            }
+            deadline = times.into_iter().flatten().min();
+        }
+        let timeout = deadline.map(|deadline| {
+            let left = deadline.saturating_duration_since(Instant::now());
+            Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() }
+        });
+        match poll(&mut fds, timeout.as_ref()) {
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(errno) => {
+                return Err(Error::System { what: "wait for the front end", source: errno.into() });
+            }
+        }
+        let is_ready = |at: usize| !fds[at].revents().is_empty();
+        Ok(Ready { shutdown: is_ready(0), bell: is_ready(1), listener: is_ready(2) })
+    }
+
+    fn begin(&self, stream: UnixStream) -> Active {
+        let peer = peer_of(&stream);
+        tracing::info!(socket = %self.listener.path().display(), ?peer, "front end connected");
+        let session =
+            Session::new(self.shared.queues.clone(), self.session_options, self.signals.bell.clone());
+        let mut status = self.shared.status();
+        status.peer = peer;
+        status.sessions += 1;
+        Active { connection: Connection::new(stream), session, peer }
+    }
+
+    fn refuse(&self, stream: &UnixStream) {
+        let mut status = self.shared.status();
+        status.refused += 1;
+        let socket = self.listener.path().display();
+        tracing::warn!(%socket, peer = ?peer_of(stream), holder = ?status.peer, "front end refused: the device is taken");
+    }
+
+    /// Does what there is to do for the front end; None if that was the end of it.
+    fn step(&self, mut active: Active) -> Option<Active> {
+        match active.step() {
+            Ok(Step::Idle) => {}
+            Ok(Step::Message) => self.publish(&active.session),
+            Ok(Step::End) => {
+                self.end(active, None);
+                return None;
+            }
+            Err(error) => {
+                self.end(active, Some(error.to_string()));
+                return None;
+            }
+        }
+        Some(active)
+    }
+
+    fn end(&self, active: Active, error: Option<String>) {
+        let socket = self.listener.path().display();
+        match &error {
+            Some(error) => tracing::warn!(%socket, peer = ?active.peer, %error, "front end disconnected"),
+            None => tracing::info!(%socket, peer = ?active.peer, "front end gone"),
+        }
+        // The queues first: whoever sees the connection closed finds the device free.
+        let Active { connection, session, .. } = active;
+        drop(session);
+        let mut status = self.shared.status();
+        status.peer = None;
+        status.features = 0;
+        status.queues.fill(QueueStatus::default());
+        if error.is_some() {
+            status.last_error = error;
+        }
+        drop(status);
+        drop(connection);
+    }
+
+    fn publish(&self, session: &Session) {
+        let mut status = self.shared.status();
+        status.messages += 1;
+        status.features = session.features();
+        for (queue, vring) in status.queues.iter_mut().zip(session.vrings()) {
+            queue.started = vring.kick.is_some();
+            queue.enabled = vring.enabled;
+            queue.size = vring.size;
+        }
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        lock(&self.shared.queues).device().set_config_listener(None);
+    }
+}
+
+struct Ready {
+    shutdown: bool,
+    bell: bool,
+    listener: bool,
+}
+
+/// A front end and what it has set up.
+struct Active {
+    connection: Connection,
+    session: Session,
+    peer: Option<Peer>,
+}
+
+enum Step {
+    Idle,
+    Message,
+    End,
+}
+
+#[derive(Debug, thiserror::Error)]
+enum StepError {
+    #[error(transparent)]
+    Wire(#[from] WireError),
+    #[error(transparent)]
+    Session(#[from] SessionError),
+}
+
+impl Active {
+    fn step(&mut self) -> Result<Step, StepError> {
+        self.session.advance_transfer();
+        let step = match self.connection.receive()? {
+            Received::End => return Ok(Step::End),
+            Received::Nothing => Step::Idle,
+            Received::Message(message) => {
+                let request = message.request;
+                if let Some(reply) = self.session.handle(message)? {
+                    let fd = reply.fd.as_ref().map(AsFd::as_fd);
+                    self.connection.reply(request, &reply.body, fd)?;
+                }
+                Step::Message
+            }
+        };
+        self.session.flush();
+        Ok(step)
+    }
+}
+
+fn peer_of(stream: &UnixStream) -> Option<Peer> {
+    let cred = rustix::net::sockopt::socket_peercred(stream).ok()?;
+    Some(Peer { pid: cred.pid.as_raw_nonzero().get(), uid: cred.uid.as_raw() })
+}

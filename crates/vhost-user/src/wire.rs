@@ -1,0 +1,261 @@
+//! Messages on a Unix stream socket: header, body, and the descriptors that travel with them.
+//!
+//! A message is taken in piece by piece as it arrives, never waiting for the rest. The peer decides what it sends and
+//! whether it reads; so every size is bounded before it is believed, a message that does not get finished within
+//! [`MESSAGE_DEADLINE`] is an error, and so is a reply that the peer does not take.
+
+use std::io::{IoSlice, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
+};
+
+/// Request, flags and size, 32 bits each.
+pub(crate) const HEADER_BYTES: usize = 12;
+/// The largest body: a configuration access of 4 KiB with its header. (A memory table of [`FDS_MAX`] regions is half
+/// of that.)
+pub(crate) const BODY_BYTES_MAX: usize = 12 + 4096;
+/// The most descriptors in one message; only a memory table has more than one.
+pub(crate) const FDS_MAX: usize = 64;
+/// How long the rest of a message, or room for a reply, may take to come.
+pub(crate) const MESSAGE_DEADLINE: Duration = Duration::from_secs(10);
+
+/// Flags of a header: the version in bits 0 and 1, and two bits.
+const VERSION: u32 = 1;
+const VERSION_MASK: u32 = 3;
+const REPLY: u32 = 1 << 2;
+const NEED_REPLY: u32 = 1 << 3;
+
+/// Why a connection cannot go on.
+#[derive(Debug, thiserror::Error)]
+pub enum WireError {
+    /// The peer closed the connection in the middle of a message.
+    #[error("the connection ended after {0} bytes of a message")]
+    Truncated(usize),
+    /// The rest of a message did not come.
+    #[error("a message was left unfinished for {} seconds", MESSAGE_DEADLINE.as_secs())]
+    Unfinished,
+    /// The peer does not read its replies.
+    #[error("a reply was not read for {} seconds", MESSAGE_DEADLINE.as_secs())]
+    NotRead,
+    /// Not a request of this protocol.
+    #[error("message header with flags {0:#x}: expected version 1 and no reply")]
+    BadFlags(u32),
+    /// The body is too large.
+    #[error("message {request} with a body of {size} bytes: at most {BODY_BYTES_MAX} are allowed")]
+    TooLong {
+        /// The request code.
+        request: u32,
+        /// The size announced.
+        size: u32,
+    },
+    /// Too many descriptors.
+    #[error("a message with more than {FDS_MAX} file descriptors")]
+    TooManyFds,
+    /// The system refused.
+    #[error("the connection failed: {0}")]
+    System(#[from] Errno),
+}
+
+/// A request as it came in.
+#[derive(Debug)]
+pub(crate) struct Message {
+    /// The request code.
+    pub(crate) request: u32,
+    /// The sender waits for an acknowledgement.
+    pub(crate) need_reply: bool,
+    pub(crate) body: Vec<u8>,
+    pub(crate) fds: Vec<OwnedFd>,
+}
+
+/// What there was to receive.
+#[derive(Debug)]
+pub(crate) enum Received {
+    Message(Message),
+    /// Not yet a whole message.
+    Nothing,
+    /// The peer has closed the connection, between two messages.
+    End,
+}
+
+/// One end of a connection.
+pub(crate) struct Connection {
+    socket: UnixStream,
+    bytes: Box<[u8; HEADER_BYTES + BODY_BYTES_MAX]>,
+    have: usize,
+    fds: Vec<OwnedFd>,
+    /// When the message that is coming in must be whole.
+    deadline: Option<Instant>,
+}
+
+impl Connection {
+    pub(crate) fn new(socket: UnixStream) -> Self {
+        Self {
+            socket,
+            bytes: Box::new([0; HEADER_BYTES + BODY_BYTES_MAX]),
+            have: 0,
+            fds: Vec::new(),
+            deadline: None,
+        }
+    }
+
+    /// Takes in what has arrived, up to the end of one message.
+    pub(crate) fn receive(&mut self) -> Result<Received, WireError> {
+        loop {
+            let want = match self.header()? {
+                None => HEADER_BYTES,
+                Some(header) => {
+                    let len = HEADER_BYTES + header.size as usize;
+                    if self.have == len {
+                        return Ok(Received::Message(self.take(header)));
+                    }
+                    len
+                }
+            };
+            match self.read_until(want) {
+                Ok(0) if self.have == 0 && self.fds.is_empty() => return Ok(Received::End),
+                Ok(0) => return Err(WireError::Truncated(self.have)),
+                Ok(_) => {}
+                Err(WireError::System(Errno::AGAIN)) => {
+                    let late = self.deadline.is_some_and(|deadline| Instant::now() >= deadline);
+                    return if late { Err(WireError::Unfinished) } else { Ok(Received::Nothing) };
+                }
+                Err(WireError::System(Errno::INTR)) => {}
+                Err(WireError::System(Errno::CONNRESET)) if self.have == 0 => return Ok(Received::End),
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    /// When to call [`Connection::receive`] even if nothing has arrived.
+    pub(crate) fn deadline(&self) -> Option<Instant> {
+        self.deadline
+    }
+
+    /// Sends a reply to `request`. Waits for room, but not for ever.
+    pub(crate) fn reply(
+        &self,
+        request: u32,
+        body: &[u8],
+        fd: Option<BorrowedFd<'_>>,
+    ) -> Result<(), WireError> {
+        let deadline = Instant::now() + MESSAGE_DEADLINE;
+        let message = encode(request, VERSION | REPLY, body);
+        let (mut sent, mut fd) = (0, fd);
+        while sent < message.len() {
+            match send(self.socket.as_fd(), &message[sent..], fd) {
+                Ok(bytes) => {
+                    sent += bytes;
+                    // The descriptor went with the first byte.
+                    fd = None;
+                }
+                Err(Errno::AGAIN) => self.wait_for_room(deadline)?,
+                Err(Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(())
+    }
+
+    fn header(&self) -> Result<Option<Header>, WireError> {
+        let Some((header, _)) = self.bytes[..self.have].split_first_chunk::<HEADER_BYTES>() else {
+            return Ok(None);
+        };
+        let word =
+            |at: usize| u32::from_ne_bytes([header[at], header[at + 1], header[at + 2], header[at + 3]]);
+        let header = Header { request: word(0), flags: word(4), size: word(8) };
+        if header.flags & VERSION_MASK != VERSION || header.flags & REPLY != 0 {
+            return Err(WireError::BadFlags(header.flags));
+        }
+        if header.size as usize > BODY_BYTES_MAX {
+            return Err(WireError::TooLong { request: header.request, size: header.size });
+        }
+        Ok(Some(header))
+    }
+
+    /// Reads bytes up to position `end` of the message, and their descriptors. Never beyond: the descriptors of the
+    /// next message come with its first byte.
+    fn read_until(&mut self, end: usize) -> Result<usize, WireError> {
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS_MAX))];
+        let mut control = RecvAncillaryBuffer::new(&mut space);
+        let mut buffers = [IoSliceMut::new(&mut self.bytes[self.have..end])];
+        let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
+        let received = recvmsg(&self.socket, &mut buffers, &mut control, flags)?;
+        for message in control.drain() {
+            if let RecvAncillaryMessage::ScmRights(fds) = message {
+                self.fds.extend(fds);
+            }
+        }
+        if self.fds.len() > FDS_MAX || received.flags.contains(ReturnFlags::CTRUNC) {
+            return Err(WireError::TooManyFds);
+        }
+        if received.bytes > 0 {
+            self.have += received.bytes;
+            self.deadline.get_or_insert_with(|| Instant::now() + MESSAGE_DEADLINE);
+        }
+        Ok(received.bytes)
+    }
+
+    fn take(&mut self, header: Header) -> Message {
+        let body = self.bytes[HEADER_BYTES..self.have].to_vec();
+        self.have = 0;
+        self.deadline = None;
+        let need_reply = header.flags & NEED_REPLY != 0;
+        Message { request: header.request, need_reply, body, fds: std::mem::take(&mut self.fds) }
+    }
+
+    fn wait_for_room(&self, deadline: Instant) -> Result<(), WireError> {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let timeout = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() };
+        match poll(&mut [PollFd::new(&self.socket, PollFlags::OUT)], Some(&timeout)) {
+            Ok(0) => Err(WireError::NotRead),
+            Ok(_) | Err(Errno::INTR) => Ok(()),
+            Err(error) => Err(error.into()),
+        }
+    }
+}
+
+impl AsFd for Connection {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
+#[derive(Clone, Copy)]
+struct Header {
+    request: u32,
+    flags: u32,
+    size: u32,
+}
+
+/// A request of ours, on the channel to the front end.
+pub(crate) fn encode_request(request: u32, body: &[u8]) -> Vec<u8> {
+    encode(request, VERSION, body)
+}
+
+fn encode(request: u32, flags: u32, body: &[u8]) -> Vec<u8> {
+    let mut message = Vec::with_capacity(HEADER_BYTES + body.len());
+    for word in [request, flags, body.len() as u32] {
+        message.extend(word.to_ne_bytes());
+    }
+    message.extend(body);
+    message
+}
+
+/// Sends without waiting; returns how many bytes went.
+pub(crate) fn send(socket: BorrowedFd<'_>, bytes: &[u8], fd: Option<BorrowedFd<'_>>) -> Result<usize, Errno> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    if fd.is_some() {
+        // One descriptor fits: the space was made for it.
+        control.push(SendAncillaryMessage::ScmRights(fd.as_slice()));
+    }
+    sendmsg(socket, &[IoSlice::new(bytes)], &mut control, SendFlags::DONTWAIT | SendFlags::NOSIGNAL)
+}

@@ -1,0 +1,124 @@
+//! From nothing to answers, and back.
+
+use std::sync::atomic::Ordering;
+
+use vhost::VhostBackend;
+use vhost::vhost_user::VhostUserFrontend;
+use virtio::RingFormat;
+
+use crate::guest::Driver;
+use crate::host::{Host, Vm, eventually};
+
+#[test]
+fn split_rings_carry_data() {
+    let host = Host::new(2);
+    let mut vm = Vm::new(&host, RingFormat::Split, 2);
+    for i in 0..300u32 {
+        vm.echo((i % 2) as usize, format!("request {i}").as_bytes());
+    }
+    let status = host.handle.status();
+    assert_eq!(status.features, vm.features);
+    assert_eq!(status.queues.len(), 2);
+    for queue in status.queues {
+        assert!(queue.started && queue.enabled && !queue.failed);
+        assert_eq!(queue.counters.unwrap().requests, 150);
+    }
+}
+
+#[test]
+fn packed_rings_carry_data() {
+    let host = Host::new(1);
+    let mut vm = Vm::new(&host, RingFormat::Packed, 1);
+    for i in 0..300u32 {
+        vm.echo(0, format!("request {i}").as_bytes());
+    }
+}
+
+#[test]
+fn a_ring_goes_on_where_it_was_stopped() {
+    for (format, expected) in [(RingFormat::Split, 100), (RingFormat::Packed, 0)] {
+        let host = Host::new(1);
+        let mut vm = Vm::new(&host, format, 1);
+        for i in 0..100u32 {
+            vm.echo(0, &i.to_le_bytes());
+        }
+        let base = vm.frontend.get_vring_base(0).unwrap();
+        if format == RingFormat::Split {
+            assert_eq!(base, expected);
+        } else {
+            // 100 chains of 2 descriptors in a ring of 64: 3 laps and 8.
+            assert_eq!(base, 0x0008_0008);
+        }
+        assert!(!host.handle.status().queues[0].started);
+        // Without a base: where it was.
+        vm.frontend.set_vring_kick(0, &vm.lines[0].kick).unwrap();
+        for i in 0..100u32 {
+            vm.echo(0, &i.to_le_bytes());
+        }
+    }
+}
+
+#[test]
+fn a_disabled_ring_is_not_served_and_loses_nothing() {
+    let host = Host::new(1);
+    let mut vm = Vm::new(&host, RingFormat::Split, 1);
+    vm.frontend.set_vring_enable(0, false).unwrap();
+    let taken = host.device.switches.taken.load(Ordering::SeqCst);
+    let at = vm.offer(0, b"waiting");
+    vm.lines[0].kick.write(1).unwrap();
+    // Answered by the control thread, so the message before has been carried out.
+    assert_eq!(vm.frontend.get_queue_num().unwrap(), 1);
+    assert_eq!(host.device.switches.taken.load(Ordering::SeqCst), taken);
+    vm.frontend.set_vring_enable(0, true).unwrap();
+    vm.wait(0, 1);
+    assert_eq!(vm.guest.read(at, 7), b"waiting");
+}
+
+#[test]
+fn a_front_end_that_has_gone_makes_room_for_the_next() {
+    let host = Host::new(1);
+    for round in 1..=3 {
+        let mut vm = Vm::new(&host, RingFormat::Split, 1);
+        vm.echo(0, b"hello");
+        drop(vm);
+        eventually("the session ends", || host.handle.status().peer.is_none());
+        assert_eq!(host.device.resets.load(Ordering::SeqCst), round);
+    }
+    assert_eq!(host.handle.status().sessions, 3);
+    assert_eq!(host.handle.status().last_error, None);
+}
+
+#[test]
+fn requests_that_waited_while_the_front_end_was_away_are_answered() {
+    let host = Host::new(1);
+    let mut vm = Vm::new(&host, RingFormat::Split, 1);
+    for _ in 0..5 {
+        vm.echo(0, b"before");
+    }
+    let Vm { frontend, guest, mut lines, .. } = vm;
+    drop(frontend);
+    eventually("the session ends", || host.handle.status().peer.is_none());
+    // The guest lives on, and so does its ring.
+    let mut again = Vm::negotiated(&host, RingFormat::Split);
+    again.guest = guest;
+    let driver = lines.pop().unwrap().driver;
+    again.frontend.set_mem_table(&again.guest.table()).unwrap();
+    let mut driver: Driver = driver;
+    let at = driver.offer(&mut again.guest, b"while away");
+    again.add(0, driver, 5);
+    again.wait(0, 1);
+    assert_eq!(again.guest.read(at, 10), b"while away");
+}
+
+#[test]
+fn shutdown_completes_what_is_in_flight() {
+    let mut host = Host::new(1);
+    let mut vm = Vm::new(&host, RingFormat::Split, 1);
+    host.device.switches.hold.store(true, Ordering::SeqCst);
+    let at = vm.offer(0, b"held");
+    eventually("the request is taken", || host.device.switches.taken.load(Ordering::SeqCst) == 1);
+    host.stop();
+    vm.wait(0, 1);
+    assert_eq!(vm.guest.read(at, 4), b"held");
+    assert!(!host.path.exists());
+}
