@@ -25,8 +25,8 @@ pub struct PackedDriver {
     /// For a chain in flight, by id: how many ring descriptors it has; 0 for none.
     lengths: Box<[u16]>,
     free: u16,
-    /// The first descriptor that is not published yet, whose flags are written last.
-    first: Option<(usize, u16)>,
+    /// Where the first descriptor that is not published yet has its second word, and that word, which is written last.
+    first: Option<(usize, u64)>,
     unkicked: u16,
 }
 
@@ -89,18 +89,17 @@ impl PackedDriver {
         Some(id)
     }
 
-    /// Writes the descriptor at the next position; its flags too, unless it is the first since the last publication.
+    /// Writes the descriptor at the next position; only its address, if it is the first since the last publication.
     #[inline(always)]
     fn put(&mut self, addr: GuestAddr, len: u32, id: u16, flags: u16) {
         let at = usize::from(self.avail.offset) * DESC_BYTES;
-        self.ring.u64(at).store(addr.0, Ordering::Relaxed);
-        self.ring.u32(at + 8).store(len, Ordering::Relaxed);
-        self.ring.u16(at + 12).store(id, Ordering::Relaxed);
         let flags = flags | if self.avail.wrap { AVAIL } else { USED };
+        let (low, high) = Descriptor { addr, len, third: id, fourth: flags }.to_words();
+        self.ring.u64(at).store(low, Ordering::Relaxed);
         if self.first.is_none() {
-            self.first = Some((at, flags));
+            self.first = Some((at + 8, high));
         } else {
-            self.ring.u16(at + 14).store(flags, Ordering::Release);
+            self.ring.u64(at + 8).store(high, Ordering::Release);
         }
         self.avail.advance(1, self.size);
         self.free -= 1;
@@ -109,8 +108,8 @@ impl PackedDriver {
 
     #[inline(always)]
     pub(super) fn publish(&mut self) {
-        if let Some((at, flags)) = self.first.take() {
-            self.ring.u16(at + 14).store(flags, Ordering::Release);
+        if let Some((at, high)) = self.first.take() {
+            self.ring.u64(at).store(high, Ordering::Release);
         }
     }
 

@@ -24,7 +24,9 @@ pub struct SplitDriver {
     next: Box<[u16]>,
     avail_next: u16,
     avail_kicked: u16,
+    /// The next used entry to take, and the device's index when last read.
     used_next: u16,
+    used_seen: u16,
 }
 
 impl SplitDriver {
@@ -49,6 +51,7 @@ impl SplitDriver {
             avail_next: 0,
             avail_kicked: 0,
             used_next: 0,
+            used_seen: 0,
         })
     }
 
@@ -119,8 +122,12 @@ impl SplitDriver {
 
     #[inline(always)]
     pub(super) fn reap(&mut self) -> Result<Option<Completion>, RingError> {
-        if self.used.u16(2).load(Ordering::Acquire) == self.used_next {
-            return Ok(None);
+        if self.used_seen == self.used_next {
+            // Only when nothing is left from the last look: the device writes this line all the time.
+            self.used_seen = self.used.u16(2).load(Ordering::Acquire);
+            if self.used_seen == self.used_next {
+                return Ok(None);
+            }
         }
         let at = 4 + 8 * usize::from(self.used_next & (self.size - 1));
         let id = self.used.u32(at).load(Ordering::Relaxed);
