@@ -14,7 +14,8 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::cpus;
 
-const BURST: usize = 64;
+/// The most chains taken before they are given back, small enough to let the client go on meanwhile.
+const BURST: usize = 16;
 
 /// The thread. Ends when dropped.
 pub(crate) struct Bare {
