@@ -1,0 +1,154 @@
+//! The command line.
+
+use std::path::PathBuf;
+
+use clap::{Parser, Subcommand};
+use clap_complete::Shell;
+
+use crate::options::{BlkOptions, RngOptions, ServiceOptions};
+use crate::size::Size;
+
+const EXIT_CODES: &str = "\
+Exit codes:
+  0  it did what was asked; for a service: it was told to end by SIGTERM or SIGINT, and drained
+  1  it failed, or a second signal ended it before it had drained
+  2  the command line or the configuration file is wrong";
+
+const BLK_EXAMPLES: &str = "\
+Examples:
+  A disk in a raw file, four queues, an I/O thread on each of the CPUs 2 to 5:
+    exitless blk --socket /run/vm1-disk.sock --backend file:/srv/vm1.raw --queues 4 --cpus 2-5
+
+  A qcow2 image that cannot be written, at most 2000 requests and 100 MiB per second:
+    exitless blk --socket /run/iso.sock --backend qcow2:/srv/iso.qcow2 --read-only --iops 2000 --bandwidth 100M
+
+  A disk that keeps nothing, to measure what a request costs:
+    exitless blk --socket /run/null.sock --backend null:8G --poll poll
+
+QEMU connects with
+    -object memory-backend-memfd,id=mem,size=4G,share=on -numa node,memdev=mem
+    -chardev socket,id=disk,path=/run/vm1-disk.sock,reconnect=1
+    -device vhost-user-blk-pci,chardev=disk,num-queues=4";
+
+const RNG_EXAMPLES: &str = "\
+Examples:
+    exitless rng --socket /run/vm1-rng.sock --bandwidth 64K";
+
+const SERVE_EXAMPLES: &str = "\
+A file has the long options of `exitless blk` and `exitless rng` as keys:
+    cpus = \"2-5\"
+    control = \"/run/exitless.sock\"
+
+    [[blk]]
+    socket = \"/run/vm1-disk.sock\"
+    backend = \"file:/srv/vm1.raw\"
+    queues = 4
+    without = [\"packed\", \"discard\"]
+
+    [[rng]]
+    socket = \"/run/vm1-rng.sock\"
+    bandwidth = \"64K\"
+
+Options on the command line win over the file's.";
+
+const CTL_EXAMPLES: &str = "\
+Examples:
+    exitless ctl --control /run/exitless.sock list
+    exitless ctl --control /run/exitless.sock stats --json
+    exitless ctl --control /run/exitless.sock resize --device vm1-disk 16G
+    exitless ctl --control /run/exitless.sock limit --device vm1-disk --iops 5000
+
+A command is one line of JSON on the socket, and so is its answer:
+    {\"command\":\"resize\",\"device\":\"vm1-disk\",\"bytes\":17179869184}
+    {\"resized\":{\"device\":\"vm1-disk\",\"bytes\":17179869184}}";
+
+/// Virtual disks and other devices for virtual machines, served from dedicated I/O threads without VM exits.
+#[derive(Debug, Parser)]
+#[command(version, after_help = EXIT_CODES, max_term_width = 110, disable_help_subcommand = true)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What the program can do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Serve a disk (virtio-blk) at a vhost-user socket.
+    #[command(after_help = BLK_EXAMPLES)]
+    Blk {
+        #[command(flatten)]
+        #[allow(missing_docs)]
+        device: Box<BlkOptions>,
+        #[command(flatten)]
+        #[allow(missing_docs)]
+        service: ServiceOptions,
+    },
+    /// Serve the host's entropy (virtio-rng) at a vhost-user socket.
+    #[command(after_help = RNG_EXAMPLES)]
+    Rng {
+        #[command(flatten)]
+        #[allow(missing_docs)]
+        device: RngOptions,
+        #[command(flatten)]
+        #[allow(missing_docs)]
+        service: ServiceOptions,
+    },
+    /// Serve the devices of a configuration file, all in one process.
+    #[command(after_help = SERVE_EXAMPLES)]
+    Serve {
+        /// The configuration file.
+        #[arg(long, value_name = "FILE")]
+        config: PathBuf,
+        #[command(flatten)]
+        #[allow(missing_docs)]
+        service: ServiceOptions,
+    },
+    /// Look at the devices of a running service, and change them.
+    #[command(after_help = CTL_EXAMPLES)]
+    Ctl {
+        /// The service's control socket, what it was given as --control.
+        #[arg(long, value_name = "PATH")]
+        control: PathBuf,
+        /// Print the service's answer as it is, one line of JSON.
+        #[arg(long, global = true)]
+        json: bool,
+        /// What to ask or tell the service.
+        #[command(subcommand)]
+        command: CtlCommand,
+    },
+    /// Print a script that completes this program's options in a shell.
+    Completions {
+        /// The shell.
+        shell: Shell,
+    },
+}
+
+/// What a running service can be asked and told.
+#[derive(Debug, Subcommand)]
+pub enum CtlCommand {
+    /// The devices, and who is connected to them.
+    List,
+    /// What queues and I/O threads have done since they started.
+    Stats,
+    /// Change the size of a disk while it is in use.
+    Resize {
+        /// The disk's name.
+        #[arg(long, value_name = "NAME")]
+        device: String,
+        /// The new size; without it, the disk takes over the size that its file has been given.
+        size: Option<Size>,
+    },
+    /// Change what a disk may do per second. What is not given is not limited.
+    Limit {
+        /// The disk's name.
+        #[arg(long, value_name = "NAME")]
+        device: String,
+        /// The most requests per second.
+        #[arg(long, value_name = "COUNT")]
+        iops: Option<std::num::NonZeroU64>,
+        /// The most bytes per second.
+        #[arg(long, value_name = "BYTES")]
+        bandwidth: Option<Size>,
+    },
+}

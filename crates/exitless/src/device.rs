@@ -1,0 +1,137 @@
+//! From options to devices. The only place that names kinds of devices.
+
+use std::num::{NonZeroU16, NonZeroU64};
+use std::sync::Arc;
+
+use anyhow::{Context, anyhow};
+use blk::{Blk, RateLimit};
+use rng::Rng;
+use virtio::Device;
+
+use crate::control::BlkStats;
+use crate::failure::Failure;
+use crate::feature;
+use crate::options::{BlkOptions, DeviceOptions, RngOptions};
+use crate::size::Size;
+
+/// How much of its limits an idle disk may use at once.
+const BURST_MS: u32 = 100;
+
+/// A device, and what its kind can do beyond what all devices can.
+#[derive(Clone)]
+pub(crate) enum AnyDevice {
+    Blk(Arc<Blk>),
+    Rng(Arc<Rng>),
+}
+
+impl AnyDevice {
+    /// Makes the device that `options` describe; `queues` is how many it has if they do not say.
+    pub(crate) fn open(options: &DeviceOptions, queues: NonZeroU16) -> Result<Self, Failure> {
+        match options {
+            DeviceOptions::Blk(options) => open_blk(options, queues).map(Arc::new).map(Self::Blk),
+            DeviceOptions::Rng(options) => Ok(Self::Rng(Arc::new(open_rng(options)))),
+        }
+    }
+
+    /// What a transport needs.
+    pub(crate) fn device(&self) -> Arc<dyn Device> {
+        match self {
+            Self::Blk(device) => device.clone(),
+            Self::Rng(device) => device.clone(),
+        }
+    }
+
+    /// The kind's name in options and files.
+    pub(crate) fn kind(&self) -> &'static str {
+        match self {
+            Self::Blk(_) => "blk",
+            Self::Rng(_) => "rng",
+        }
+    }
+
+    /// The kind's name in the specification.
+    pub(crate) fn virtio_kind(&self) -> &'static str {
+        match self {
+            Self::Blk(_) => "virtio-blk",
+            Self::Rng(_) => "virtio-rng",
+        }
+    }
+
+    /// A disk's size.
+    pub(crate) fn bytes(&self) -> Option<u64> {
+        self.as_blk().map(Blk::bytes)
+    }
+
+    /// A disk's counters.
+    pub(crate) fn blk_stats(&self) -> Option<BlkStats> {
+        self.as_blk().map(|disk| disk.counters().into())
+    }
+
+    /// Changes a disk's size, and returns what it is then.
+    pub(crate) fn resize(&self, bytes: Option<u64>) -> anyhow::Result<u64> {
+        Ok(self.blk_or_refuse()?.resize(bytes)?)
+    }
+
+    /// Replaces a disk's limits.
+    pub(crate) fn limit(
+        &self,
+        iops: Option<NonZeroU64>,
+        bytes_per_s: Option<NonZeroU64>,
+    ) -> anyhow::Result<()> {
+        self.blk_or_refuse()?.set_rate_limit(rate_limit(iops, bytes_per_s));
+        Ok(())
+    }
+
+    fn as_blk(&self) -> Option<&Blk> {
+        match self {
+            Self::Blk(device) => Some(device),
+            Self::Rng(_) => None,
+        }
+    }
+
+    fn blk_or_refuse(&self) -> anyhow::Result<&Blk> {
+        self.as_blk().ok_or_else(|| anyhow!("it is a {} device, and only disks can do that", self.kind()))
+    }
+}
+
+/// The features that `options` withhold.
+pub(crate) fn withheld(options: &DeviceOptions) -> u64 {
+    feature::bits(match options {
+        DeviceOptions::Blk(options) => &options.without,
+        DeviceOptions::Rng(options) => &options.without,
+    })
+}
+
+fn open_blk(options: &BlkOptions, queues: NonZeroU16) -> Result<Blk, Failure> {
+    let backend = open_backend(&options.backend)?;
+    let presented = blk::Options {
+        queues: options.queues.unwrap_or(queues).get(),
+        serial: options.serial.clone().unwrap_or_default(),
+        logical_block_bytes: options.block_size,
+        read_only: options.read_only,
+        rate: rate_limit(options.iops, options.bandwidth.map(|size| size.0)),
+        ..blk::Options::default()
+    };
+    Blk::new(backend, presented).map_err(Failure::usage)
+}
+
+fn open_backend(spec: &str) -> Result<Arc<dyn blk::Backend>, Failure> {
+    let bytes = |size: &str| {
+        size.parse::<Size>()
+            .map(|size| size.0.get())
+            .with_context(|| format!("backend `{spec}`"))
+            .map_err(Failure::Usage)
+    };
+    match spec.split_once(':') {
+        Some(("null", size)) => Ok(Arc::new(blk::backends::null::Null::new(bytes(size)?))),
+        _ => Err(Failure::Usage(anyhow!("backend `{spec}`: allowed is null:SIZE"))),
+    }
+}
+
+fn rate_limit(iops: Option<NonZeroU64>, bytes_per_s: Option<NonZeroU64>) -> RateLimit {
+    RateLimit { iops, bytes_per_s, burst_ms: BURST_MS }
+}
+
+fn open_rng(options: &RngOptions) -> Rng {
+    Rng::new(options.bandwidth.map(|size| size.0))
+}

@@ -1,0 +1,249 @@
+//! A service: devices behind their sockets, from the first one that is ready to the last request that is completed.
+
+use std::num::NonZeroU16;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::chown;
+use std::path::Path;
+use std::sync::Arc;
+use std::thread::{self, JoinHandle};
+
+use anyhow::{Context, anyhow};
+use reactor::placement::{self, Wish};
+use reactor::{Machine, Pool};
+use rustix::event::{EventfdFlags, eventfd};
+use vhost_user::{Server, ServerHandle};
+use virtio::QueueSet;
+
+use crate::control::{self, ControlSocket, DeviceInfo, DeviceStats, QueueStats, Request, Response, Stats};
+use crate::device::{AnyDevice, withheld};
+use crate::failure::Failure;
+use crate::group;
+use crate::options::{DeviceOptions, ServiceOptions, SocketOptions};
+use crate::report::{Event, Ready, Reporter};
+use crate::stop::{StopHandle, StopSignals};
+
+/// Control threads need no deep stacks.
+const STACK_BYTES: usize = 256 << 10;
+/// Permissions of a socket unless told otherwise: its owner's.
+const SOCKET_MODE: u32 = 0o600;
+
+/// Serves `devices` until a signal says to end, and then until every request in flight is completed.
+pub(crate) fn serve(options: ServiceOptions, devices: Vec<DeviceOptions>) -> Result<(), Failure> {
+    let reporter = Reporter { json: options.json };
+    let mut signals = StopSignals::install().context("cannot catch signals")?;
+    let machine = Machine::read();
+    let wish = Wish { cpus: options.cpus, threads: None };
+    let pool = reactor::Options { wish: wish.clone(), ..reactor::Options::default() };
+    let pool = Arc::new(Pool::start_on(&machine, pool).map_err(Failure::usage)?);
+    let queues = queues_by_default(&wish);
+
+    let mut running = Vec::new();
+    let mut board = Vec::new();
+    let stop = Arc::new(
+        eventfd(0, EventfdFlags::CLOEXEC)
+            .map_err(|errno| anyhow!(errno).context("cannot make an eventfd"))?,
+    );
+    for device in &devices {
+        let (entry, server) = Entry::open(device, queues, &pool)?;
+        board.push(entry);
+        running.push(Running::new(server, device.socket().name()));
+    }
+    let control = options.control.as_deref().map(ControlSocket::listen).transpose()?;
+    for device in &mut running {
+        device.start(&stop, signals.handle())?;
+    }
+    for ready in readiness(&board, &pool, &machine, &wish) {
+        reporter.tell(&Event::Ready(&ready));
+    }
+    let board = Board { devices: board, pool: pool.clone() };
+    if let Some(control) = &control {
+        control.answer(Arc::new(move |request| board.answer(request)))?;
+        reporter.tell(&Event::Control { socket: control.path() });
+    }
+
+    let signal = signals.wait();
+    if let Some(signal) = signal {
+        reporter.tell(&Event::Stopping { signal });
+    }
+    drop(control);
+    rustix::io::write(&*stop, &1_u64.to_ne_bytes()).map_err(|errno| anyhow!(errno).context("cannot stop"))?;
+    running.into_iter().try_for_each(Running::join)?;
+    pool.stop().context("cannot stop the I/O threads")?;
+    if signal.is_none() {
+        return Err(Failure::Runtime(anyhow!("a device's control thread has ended")));
+    }
+    reporter.tell(&Event::Stopped);
+    Ok(())
+}
+
+/// One queue per I/O thread that was asked for.
+fn queues_by_default(wish: &Wish) -> NonZeroU16 {
+    let threads = wish.cpus.as_ref().map_or(1, |cpus| cpus.as_slice().len());
+    u16::try_from(threads).ok().and_then(NonZeroU16::new).unwrap_or(NonZeroU16::MIN)
+}
+
+/// What is to be told about each device. Where a single device's queues will run is known before they start; several
+/// devices share all threads in the order in which their front ends come.
+fn readiness(board: &[Entry], pool: &Pool, machine: &Machine, wish: &Wish) -> Vec<Ready> {
+    let cpus = match board {
+        [entry] => planned_cpus(entry, machine, wish).unwrap_or_else(|| pool.cpus()),
+        _ => pool.cpus(),
+    };
+    let ready = |entry: &Entry| Ready {
+        device: entry.name.clone(),
+        kind: entry.device.virtio_kind(),
+        socket: entry.options.socket.clone(),
+        queues: entry.device.device().queues(),
+        cpus: cpus.clone(),
+        poll: entry.options.poll,
+    };
+    board.iter().map(ready).collect()
+}
+
+fn planned_cpus(entry: &Entry, machine: &Machine, wish: &Wish) -> Option<Vec<u32>> {
+    let device = entry.device.device();
+    let queue =
+        |index| placement::Queue { group: device.queue_group(index).to_string(), mode: entry.options.poll };
+    let queues: Vec<_> = (0..device.queues()).map(queue).collect();
+    let plan = placement::plan(machine, wish, &queues).ok()?;
+    let mut cpus: Vec<_> = plan.choices.iter().map(|choice| plan.layout.seats[choice.seat]).collect();
+    cpus.sort_unstable();
+    cpus.dedup();
+    Some(cpus)
+}
+
+/// A device as others may look at it while it is served.
+struct Entry {
+    name: String,
+    options: SocketOptions,
+    device: AnyDevice,
+    server: ServerHandle,
+}
+
+impl Entry {
+    /// Makes a device and its socket.
+    fn open(
+        options: &DeviceOptions,
+        queues: NonZeroU16,
+        pool: &Arc<Pool>,
+    ) -> Result<(Self, Server), Failure> {
+        let socket = options.socket().clone();
+        let name = socket.name();
+        let device = AnyDevice::open(options, queues)?;
+        let group = socket.socket_group.as_deref().map(group::find).transpose().map_err(Failure::Usage)?;
+        let set = QueueSet::new(device.device(), pool.clone(), socket.poll, name.clone());
+        let mut at = vhost_user::Options::new(&socket.socket);
+        at.socket_mode = socket.socket_mode.unwrap_or(SOCKET_MODE);
+        at.without = withheld(options);
+        let server = Server::new(set, &at).with_context(|| format!("device `{name}`"))?;
+        if let Some(group) = group {
+            give_to_group(&socket.socket, group)?;
+        }
+        Ok((Self { name, options: socket, device, server: server.handle() }, server))
+    }
+
+    fn info(&self) -> DeviceInfo {
+        let status = self.server.status();
+        DeviceInfo {
+            name: self.name.clone(),
+            kind: self.device.kind().to_owned(),
+            socket: self.options.socket.display().to_string(),
+            peer_pid: status.peer.map(|peer| peer.pid),
+            queues: self.device.device().queues(),
+            queues_running: status.queues.iter().filter(|queue| queue.counters.is_some()).count() as u16,
+            poll: self.options.poll.to_string(),
+            bytes: self.device.bytes(),
+            last_error: status.last_error,
+        }
+    }
+
+    fn stats(&self) -> DeviceStats {
+        let queues = (0..).zip(self.server.status().queues).filter_map(|(index, queue)| {
+            let counters = queue.counters?;
+            Some(QueueStats {
+                index,
+                failed: queue.failed,
+                requests: counters.requests,
+                bursts: counters.bursts,
+                calls: counters.calls,
+                calls_suppressed: counters.calls_suppressed,
+                kicks_enabled: counters.kicks_enabled,
+            })
+        });
+        DeviceStats { name: self.name.clone(), queues: queues.collect(), blk: self.device.blk_stats() }
+    }
+}
+
+fn give_to_group(socket: &Path, group: u32) -> anyhow::Result<()> {
+    chown(socket, None, Some(group))
+        .with_context(|| format!("cannot give {} to group {group}", socket.display()))
+}
+
+/// Everything that commands are about.
+struct Board {
+    devices: Vec<Entry>,
+    pool: Arc<Pool>,
+}
+
+impl Board {
+    fn answer(&self, request: Request) -> Response {
+        let answer = match request {
+            Request::List => Ok(Response::Devices(self.devices.iter().map(Entry::info).collect())),
+            Request::Stats => Ok(Response::Stats(Stats {
+                devices: self.devices.iter().map(Entry::stats).collect(),
+                threads: self.pool.report().into_iter().map(control::ThreadStats::from).collect(),
+            })),
+            Request::Resize { device, bytes } => {
+                self.on(&device, |found| found.resize(bytes)).map(|bytes| Response::Resized { device, bytes })
+            }
+            Request::Limit { device, iops, bytes_per_s } => self
+                .on(&device, |found| found.limit(iops, bytes_per_s))
+                .map(|()| Response::Limited { device }),
+        };
+        answer.unwrap_or_else(|error| Response::Error(format!("{error:#}")))
+    }
+
+    /// Does something to the device of that name.
+    fn on<T>(&self, name: &str, act: impl FnOnce(&AnyDevice) -> anyhow::Result<T>) -> anyhow::Result<T> {
+        let found = self.devices.iter().find(|entry| entry.name == name).ok_or_else(|| {
+            let names: Vec<_> = self.devices.iter().map(|entry| format!("`{}`", entry.name)).collect();
+            anyhow!("there is no device `{name}`; there are {}", names.join(", "))
+        })?;
+        act(&found.device).with_context(|| format!("device `{name}`"))
+    }
+}
+
+/// A device's server, before it runs and while it does on its control thread.
+struct Running {
+    name: String,
+    server: Option<Server>,
+    thread: Option<JoinHandle<Result<(), vhost_user::Error>>>,
+}
+
+impl Running {
+    fn new(server: Server, name: String) -> Self {
+        Self { name, server: Some(server), thread: None }
+    }
+
+    /// Serves until `stop` becomes readable. If it ends before that, it says so through `ended`.
+    fn start(&mut self, stop: &Arc<OwnedFd>, ended: StopHandle) -> anyhow::Result<()> {
+        let Some(server) = self.server.take() else { return Ok(()) };
+        let stop = stop.clone();
+        let run = move || {
+            let _ended = ended;
+            server.run(stop.as_fd())
+        };
+        let thread = thread::Builder::new().name("vhost-user".to_owned()).stack_size(STACK_BYTES).spawn(run);
+        self.thread = Some(thread.context("cannot start a control thread")?);
+        Ok(())
+    }
+
+    /// Waits until it has ended, and with it everything that was in flight.
+    fn join(self) -> anyhow::Result<()> {
+        let Some(thread) = self.thread else { return Ok(()) };
+        match thread.join() {
+            Ok(result) => result.with_context(|| format!("device `{}`", self.name)),
+            Err(_) => Err(anyhow!("device `{}`: its control thread panicked", self.name)),
+        }
+    }
+}
