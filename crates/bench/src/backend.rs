@@ -111,7 +111,10 @@ impl Storage {
 }
 
 fn is_tmpfs(folder: &Path) -> bool {
-    File::open(folder).ok().and_then(|f| fstatfs(f).ok()).is_some_and(|stat| stat.f_type as u64 == TMPFS_MAGIC)
+    File::open(folder)
+        .ok()
+        .and_then(|f| fstatfs(f).ok())
+        .is_some_and(|stat| stat.f_type as u64 == TMPFS_MAGIC)
 }
 
 /// A file full of data that was really written: a hole, or an extent that was only reserved, is read without a disk.

@@ -183,7 +183,8 @@ impl fmt::Display for Case {
 pub(crate) fn parse(files: &[(String, String)]) -> Result<Vec<Case>> {
     let mut cases = Vec::new();
     for (file, text) in files {
-        let parsed: CaseFile = toml::from_str(text).with_context(|| format!("cannot read cases from {file}"))?;
+        let parsed: CaseFile =
+            toml::from_str(text).with_context(|| format!("cannot read cases from {file}"))?;
         for spec in &parsed.case {
             expand(spec, &mut cases).with_context(|| format!("{file}: case `{}`", spec.name))?;
         }
@@ -198,7 +199,10 @@ pub(crate) fn parse(files: &[(String, String)]) -> Result<Vec<Case>> {
 fn expand(spec: &Spec, cases: &mut Vec<Case>) -> Result<()> {
     let block_bytes = parse_bytes(&spec.block)?;
     let block_bytes = u32::try_from(block_bytes).context("`block` is too large")?;
-    ensure!(block_bytes.is_power_of_two() && block_bytes >= 512, "`block` must be a power of two of at least 512");
+    ensure!(
+        block_bytes.is_power_of_two() && block_bytes >= 512,
+        "`block` must be a power of two of at least 512"
+    );
     for &op in spec.op.as_slice() {
         for &ring in spec.ring.as_slice() {
             for &client in spec.client.as_slice() {
@@ -253,7 +257,8 @@ pub(crate) fn parse_bytes(text: &str) -> Result<u64> {
         .iter()
         .find_map(|(unit, shift)| text.strip_suffix(unit).map(|digits| (digits, *shift)))
         .unwrap_or((text, 0));
-    let number: u64 = digits.trim().parse().ok().with_context(|| format!("`{text}` is not a size like 4KiB"))?;
+    let number: u64 =
+        digits.trim().parse().ok().with_context(|| format!("`{text}` is not a size like 4KiB"))?;
     number.checked_mul(1 << shift).with_context(|| format!("`{text}` is too large"))
 }
 

@@ -10,7 +10,8 @@ macro_rules! embed {
     };
 }
 
-const CASES: &[(&str, &str)] = embed!("cases": "null.toml", "memory.toml", "tmpfs.toml", "disk.toml", "idle.toml");
+const CASES: &[(&str, &str)] =
+    embed!("cases": "null.toml", "memory.toml", "tmpfs.toml", "disk.toml", "idle.toml");
 const PEERS: &[(&str, &str)] =
     embed!("peers": "bare.toml", "exitless.toml", "qemu-storage-daemon.toml", "spdk.toml", "fio.toml");
 

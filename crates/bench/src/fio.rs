@@ -30,7 +30,12 @@ pub(crate) fn placeholders(case: &Case, warmup_ms: u64, measure_ms: u64) -> Vec<
 }
 
 /// Runs fio and reads its figures. Its rate is a mean; it reports no windows.
-pub(crate) fn measure(command: &[String], case: &Case, dir: &Path, settings: &Settings<'_>) -> Result<Outcome> {
+pub(crate) fn measure(
+    command: &[String],
+    case: &Case,
+    dir: &Path,
+    settings: &Settings<'_>,
+) -> Result<Outcome> {
     if case.op == Op::Idle || case.queues > 1 || case.client == Client::Event {
         return Ok(Outcome::Skipped("has no queues, calls or idle state".into()));
     }
@@ -51,7 +56,8 @@ fn figures(report: &Value, op: Op) -> Result<Measurement> {
     let side = &job[if op.writes() { "write" } else { "read" }];
     let Some(iops) = side["iops"].as_f64() else { bail!("fio's JSON has no rate") };
     let percentile = |key: &str| side["clat_ns"]["percentile"][key].as_f64().map(|ns| ns / 1e3);
-    let cpu = job["usr_cpu"].as_f64().zip(job["sys_cpu"].as_f64()).map(|(user, system)| (user + system) / 100.0);
+    let cpu =
+        job["usr_cpu"].as_f64().zip(job["sys_cpu"].as_f64()).map(|(user, system)| (user + system) / 100.0);
     Ok(Measurement {
         requests: side["total_ios"].as_u64().unwrap_or(0),
         iops_mean: Some(iops),

@@ -60,9 +60,13 @@ pub(crate) fn measure(
         return Ok(Outcome::Skipped(format!("has no backend `{}`", case.backend.name())));
     }
     if let Some(max) = peer.ring_max.filter(|&max| case.ring_size() > max) {
-        return Ok(Outcome::Skipped(format!("takes rings of at most {max} descriptors, not {}", case.ring_size())));
+        return Ok(Outcome::Skipped(format!(
+            "takes rings of at most {max} descriptors, not {}",
+            case.ring_size()
+        )));
     }
-    let scratch = tempfile::Builder::new().prefix("exitless-bench-").tempdir().context("cannot make a folder")?;
+    let scratch =
+        tempfile::Builder::new().prefix("exitless-bench-").tempdir().context("cannot make a folder")?;
     let cpu = settings.cpus.server.unwrap_or(0);
     let mut fill = Fill { dir: scratch.path(), target, queues: case.queues, cpu, more: Vec::new() };
     let client = Client { case, target, settings, check, pages: peer.guest_memory };
@@ -76,7 +80,7 @@ pub(crate) fn measure(
         PeerKind::Bare => client.run_pinned(None, |_, lanes, guest, call| {
             let rings: Vec<_> = lanes.iter().map(|lane| *lane.config()).collect();
             let bare = Bare::start(&rings, guest.memory(), call, settings.cpus.server)?;
-            let usage = Usage::Thread(bare.tid());
+            let usage = bare.usage();
             Ok((bare, usage))
         }),
         PeerKind::VhostUser => {
@@ -180,31 +184,41 @@ impl Client<'_> {
         Ok(Verified::Bytes(bytes))
     }
 
-    fn load(&self, lanes: &mut [Lane], disk_bytes: u64, call: &EventFd, usage: &Usage) -> Result<Measurement> {
+    fn load(
+        &self,
+        lanes: &mut [Lane],
+        disk_bytes: u64,
+        call: &EventFd,
+        usage: &Usage,
+    ) -> Result<Measurement> {
         let settings = self.settings;
         let duration_ms = settings.measure_ms;
         let mut load = Load::new(self.case, lanes, disk_bytes, call, settings.stop, duration_ms)?;
         let mut calls = 0;
         load.begin()?;
         load.run(load.now_ns() + settings.warmup_ms * NS_PER_MS)?;
-        let (cpu_before, cpu_from_ns) = (usage.cpu_ns()?, load.now_ns());
+        let own = Usage::this_thread();
+        let (before, own_before, cpu_from_ns) = (usage.cpu_time()?, own.cpu_time()?, load.now_ns());
         load.run(load.now_ns() + SETTLE_NS)?;
         let (kicks_before, calls_before) = load.notifications(&mut calls);
         let from_ns = load.restart();
         let to_ns = load.run(from_ns + duration_ms * NS_PER_MS)?;
         let (kicks, calls) = load.notifications(&mut calls);
-        let (cpu_after, cpu_to_ns) = (usage.cpu_ns()?, load.now_ns());
+        let (after, own_after, cpu_to_ns) = (usage.cpu_time()?, own.cpu_time()?, load.now_ns());
         load.finish()?;
         ensure!(!settings.stop.load(Ordering::Relaxed), "interrupted");
 
         let requests = load.requests();
+        let share = |ns: u64| ns as f64 / (cpu_to_ns - cpu_from_ns).max(1) as f64;
+        let waited = (after.waited_ns - before.waited_ns).max(own_after.waited_ns - own_before.waited_ns);
         let per_request = |count: u64| count as f64 / requests.max(1) as f64;
         let quantile_us = |fraction| load.latency.quantile(fraction).map(|ns| ns / 1e3);
         Ok(Measurement {
             requests,
             iops_mean: Some(requests as f64 * 1e9 / (to_ns - from_ns).max(1) as f64),
             iops_p90: load.windows.quantile(0.9, to_ns),
-            server_cores: Some((cpu_after - cpu_before) as f64 / (cpu_to_ns - cpu_from_ns).max(1) as f64),
+            server_cores: Some(share(after.ran_ns - before.ran_ns)),
+            waited_for_cpu: Some(share(waited)),
             p50_us: quantile_us(0.5),
             p99_us: quantile_us(0.99),
             p999_us: quantile_us(0.999),
@@ -214,21 +228,31 @@ impl Client<'_> {
         })
     }
 
-    fn idle(&self, lanes: &mut [Lane], disk_bytes: u64, call: &EventFd, usage: &Usage) -> Result<Measurement> {
+    fn idle(
+        &self,
+        lanes: &mut [Lane],
+        disk_bytes: u64,
+        call: &EventFd,
+        usage: &Usage,
+    ) -> Result<Measurement> {
         let settings = self.settings;
         let mut load = Load::new(self.case, lanes, disk_bytes, call, settings.stop, settings.warmup_ms)?;
         load.begin()?;
         load.run(load.now_ns() + settings.warmup_ms * NS_PER_MS)?;
         load.finish()?;
         std::thread::sleep(CALM_DOWN);
-        let (cpu_before, from_ns) = (usage.cpu_ns()?, load.now_ns());
+        let (before, from_ns) = (usage.cpu_time()?, load.now_ns());
         let end_ns = from_ns + settings.idle_ms * NS_PER_MS;
         while load.now_ns() < end_ns && !settings.stop.load(Ordering::Relaxed) {
             std::thread::sleep(Duration::from_millis(20));
         }
-        let cores = (usage.cpu_ns()? - cpu_before) as f64 / (load.now_ns() - from_ns).max(1) as f64;
+        let cores =
+            (usage.cpu_time()?.ran_ns - before.ran_ns) as f64 / (load.now_ns() - from_ns).max(1) as f64;
         ensure!(!settings.stop.load(Ordering::Relaxed), "interrupted");
         let idle = IdleUse { cores, own_memory_kib: usage.own_memory_kib() };
         Ok(Measurement { idle: Some(idle), ..Measurement::default() })
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -134,7 +134,9 @@ impl Peer {
         for word in &self.command {
             match word.as_str() {
                 "{backend}" => command.extend(backend.iter().map(|word| fill.apply(word))),
-                word => command.push(own_program(&fill.apply(&word.replace("{backend}", &backend.join(" "))))),
+                word => {
+                    command.push(own_program(&fill.apply(&word.replace("{backend}", &backend.join(" ")))))
+                }
             }
         }
         command
@@ -175,13 +177,15 @@ impl Peer {
     }
 }
 
-/// `{exitless}` is the program that is running.
+/// `{exitless}` is the program that is running or, for the benchmarks' own program, the one beside it.
 fn own_program(word: &str) -> String {
     if !word.contains("{exitless}") {
         return word.to_owned();
     }
-    let program = std::env::current_exe().map_or_else(|_| "exitless".into(), |path| path.display().to_string());
-    word.replace("{exitless}", &program)
+    let running = std::env::current_exe().unwrap_or_else(|_| "exitless".into());
+    let alone = running.file_name().is_some_and(|name| name == "exitless-bench");
+    let program = if alone { running.with_file_name("exitless") } else { running };
+    word.replace("{exitless}", &program.display().to_string())
 }
 
 /// Reads peer files, given as name and text.

@@ -84,7 +84,9 @@ impl Report {
 fn machine() -> String {
     let read = |path| std::fs::read_to_string(path).unwrap_or_default();
     let info = read("/proc/cpuinfo");
-    let model = info.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": ").map(|(_, m)| m.trim()));
+    let model = info
+        .lines()
+        .find_map(|line| line.strip_prefix("model name")?.split_once(": ").map(|(_, m)| m.trim()));
     let kernel = read("/proc/sys/kernel/osrelease");
     let cpus = std::thread::available_parallelism().map_or(1, usize::from);
     format!("{}, {cpus} CPUs, Linux {}", model.unwrap_or("unknown processor"), kernel.trim())

@@ -52,6 +52,9 @@ pub(crate) struct Measurement {
     pub(crate) iops_p90: Option<f64>,
     /// CPU time of the server per time: 1 for one that polls all the time.
     pub(crate) server_cores: Option<f64>,
+    /// The share of the time in which server or client, whichever was worse off, waited for a CPU that another
+    /// process had.
+    pub(crate) waited_for_cpu: Option<f64>,
     pub(crate) p50_us: Option<f64>,
     pub(crate) p99_us: Option<f64>,
     pub(crate) p999_us: Option<f64>,
@@ -131,6 +134,7 @@ fn summary(case: &str, peer: &str, rows: &[Row]) -> Summary {
             iops_mean: of(|m| m.iops_mean),
             iops_p90: of(|m| m.iops_p90),
             server_cores: of(|m| m.server_cores),
+            waited_for_cpu: of(|m| m.waited_for_cpu),
             p50_us: of(|m| m.p50_us),
             p99_us: of(|m| m.p99_us),
             p999_us: of(|m| m.p999_us),

@@ -16,8 +16,11 @@ use crate::pattern;
 use crate::peer::{self, Installed};
 use crate::progress::Progress;
 use crate::report::{self, Report, text};
-use crate::row::{Row, summarize};
+use crate::row::{Row, median, summarize};
 use crate::signals;
+
+/// A run whose server or client waits for a CPU longer than this share of the time gets a remark.
+const WAITED_MAX: f64 = 0.02;
 
 /// Durations of one kind of run.
 struct Pace {
@@ -28,8 +31,10 @@ struct Pace {
     verify_bytes: u64,
 }
 
-const FULL: Pace = Pace { repetitions: 5, warmup_ms: 200, measure_ms: 1000, idle_ms: 2000, verify_bytes: 32 << 20 };
-const QUICK: Pace = Pace { repetitions: 3, warmup_ms: 100, measure_ms: 400, idle_ms: 1000, verify_bytes: 8 << 20 };
+const FULL: Pace =
+    Pace { repetitions: 5, warmup_ms: 200, measure_ms: 1000, idle_ms: 2000, verify_bytes: 32 << 20 };
+const QUICK: Pace =
+    Pace { repetitions: 3, warmup_ms: 100, measure_ms: 400, idle_ms: 1000, verify_bytes: 8 << 20 };
 
 /// Runs what the command line asks for.
 ///
@@ -46,7 +51,8 @@ fn blk(args: &BlkArgs) -> Result<()> {
     let (case_filter, peer_filter): (Vec<_>, Vec<_>) =
         args.only.iter().partition(|pattern| !pattern.starts_with("peer:"));
     let chosen = |filter: &[&String], name: &str| {
-        filter.is_empty() || filter.iter().any(|p| pattern::matches(p.strip_prefix("peer:").unwrap_or(p), name))
+        filter.is_empty()
+            || filter.iter().any(|p| pattern::matches(p.strip_prefix("peer:").unwrap_or(p), name))
     };
     let mut cases = case::parse(&data::cases(args.cases.as_deref())?)?;
     cases.retain(|case| chosen(&case_filter, &case.name) && (!args.quick || case.quick));
@@ -72,6 +78,14 @@ fn blk(args: &BlkArgs) -> Result<()> {
     let outcome = measure_all(args, &installed, &mut report, &stop);
     let interrupted = stop.load(Ordering::Relaxed);
     report.summaries = summarize(&report.rows);
+    let waited = median(report.rows.iter().filter_map(|row| row.figures.waited_for_cpu));
+    if let Some(waited) = waited.filter(|&waited| waited > WAITED_MAX) {
+        report.remarks.push(format!(
+            "the machine was busy: server or client waited for a CPU {:.0} % of the time, so rates are too low; \
+             compare p50 latencies, or run again on an idle machine",
+            waited * 100.0
+        ));
+    }
     write(args, &report)?;
     outcome?;
     if interrupted {
@@ -98,7 +112,9 @@ fn measure_all(args: &BlkArgs, peers: &[Installed], report: &mut Report, stop: &
         report.remarks.push("one CPU for server and client: they take turns, and rates mean little".into());
     }
     if !Clock::get().is_tsc() {
-        report.remarks.push("no invariant time-stamp counter: each clock read costs a system call or so".into());
+        report
+            .remarks
+            .push("no invariant time-stamp counter: each clock read costs a system call or so".into());
     }
     let mut storage = Storage::new(args.dir.as_deref(), args.quick);
     let repetitions = args.repetitions.unwrap_or(pace.repetitions);

@@ -20,7 +20,10 @@ fn lists_stand_for_every_combination() {
     let cases = read(MATRIX).unwrap();
     let names: Vec<_> = cases.iter().map(|case| case.name.as_str()).collect();
     assert_eq!(names.len(), 8);
-    assert_eq!(names[..3], ["null/randread/split/qd1", "null/randread/split/qd128", "null/randread/packed/qd1"]);
+    assert_eq!(
+        names[..3],
+        ["null/randread/split/qd1", "null/randread/split/qd128", "null/randread/packed/qd1"]
+    );
     let quick: Vec<_> = cases.iter().filter(|case| case.quick).map(|case| case.name.as_str()).collect();
     assert_eq!(quick, ["null/randread/split/qd1", "null/randwrite/split/qd1"]);
 }

@@ -31,8 +31,12 @@ impl Guest {
     pub(crate) fn new(bytes: u64, pages: GuestPages) -> Result<Self> {
         let bytes = bytes.next_multiple_of(HUGE_PAGE_BYTES);
         let (mapping, file) = match pages {
-            GuestPages::Plain => Mapping::anonymous("bench-guest", bytes).context("no memory for the guest")?,
-            GuestPages::Huge => huge(bytes).context("no huge pages for the guest (see /proc/sys/vm/nr_hugepages)")?,
+            GuestPages::Plain => {
+                Mapping::anonymous("bench-guest", bytes).context("no memory for the guest")?
+            }
+            GuestPages::Huge => {
+                huge(bytes).context("no huge pages for the guest (see /proc/sys/vm/nr_hugepages)")?
+            }
         };
         let user = mapping.base().as_ptr().addr() as u64;
         let region = Region::new(GuestAddr(START), Arc::new(mapping)).context("the guest's memory")?;

@@ -9,9 +9,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use vhost::VhostBackend;
 use vhost::VringConfigData;
-use vhost::vhost_user::message::{
-    FrontendReq, VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserInflight,
-};
+use vhost::vhost_user::message::{FrontendReq, VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserInflight};
 use vhost::vhost_user::{Frontend, VhostUserFrontend, VhostUserProtocolFeatures, VhostUserVirtioFeatures};
 use virtio::RingFormat;
 use virtio::features::{EVENT_IDX, INDIRECT_DESC, RING_PACKED, VERSION_1};
@@ -48,7 +46,8 @@ pub(crate) struct Session {
 impl Session {
     /// Connects and negotiates what `case` needs; the inner error says what the server does not offer.
     pub(crate) fn connect(path: &Path, case: &Case) -> Result<Result<Self, Unsupported>> {
-        let socket = UnixStream::connect(path).with_context(|| format!("cannot connect to {}", path.display()))?;
+        let socket =
+            UnixStream::connect(path).with_context(|| format!("cannot connect to {}", path.display()))?;
         socket.set_read_timeout(Some(REPLY_TIMEOUT)).context("cannot set a timeout on the socket")?;
         let clone = socket.try_clone().context("cannot duplicate the socket")?;
         let mut frontend = Frontend::from_stream(clone, case.queues.into());
@@ -114,12 +113,14 @@ impl Session {
         if case.inflight {
             let ask = VhostUserInflight::new(0, 0, case.queues, case.ring_size());
             let (area, file) = self.frontend.get_inflight_fd(&ask).context("GET_INFLIGHT_FD")?;
-            let reply = VhostUserInflight::new(area.mmap_size, area.mmap_offset, case.queues, case.ring_size());
+            let reply =
+                VhostUserInflight::new(area.mmap_size, area.mmap_offset, case.queues, case.ring_size());
             self.frontend.set_inflight_fd(&reply, file.as_raw_fd()).context("SET_INFLIGHT_FD")?;
         }
         self.frontend.set_mem_table(&[guest.region()]).context("SET_MEM_TABLE")?;
         for (index, lane) in lanes.iter().enumerate() {
-            self.start_queue(index, guest, lane, call).with_context(|| format!("cannot start queue {index}"))?;
+            self.start_queue(index, guest, lane, call)
+                .with_context(|| format!("cannot start queue {index}"))?;
         }
         for index in 0..lanes.len() {
             self.frontend.set_vring_enable(index, true).context("SET_VRING_ENABLE")?;
@@ -163,7 +164,9 @@ impl Session {
     /// Stops the queues, so that the server is seen to let go of them in an orderly way.
     pub(crate) fn stop(&mut self, queues: usize) -> Result<()> {
         for index in 0..queues {
-            self.frontend.get_vring_base(index).with_context(|| format!("GET_VRING_BASE of queue {index}"))?;
+            self.frontend
+                .get_vring_base(index)
+                .with_context(|| format!("GET_VRING_BASE of queue {index}"))?;
         }
         Ok(())
     }

@@ -42,8 +42,14 @@ pub(crate) fn verify(guest: &Guest, lanes: &mut [Lane], bytes: u64, seed: u64) -
     // A power of two, so that an odd stride visits every block once.
     let count = 1_u64 << (bytes / block).max(1).ilog2();
     for (write, stride) in [(true, 0x9e37_79b1), (false, 0x85eb_ca6b)] {
-        let mut pass =
-            Pass { guest, lanes, write, seed, expected: vec![0; block as usize], found: vec![0; block as usize] };
+        let mut pass = Pass {
+            guest,
+            lanes,
+            write,
+            seed,
+            expected: vec![0; block as usize],
+            found: vec![0; block as usize],
+        };
         pass.run(count, |index| index.wrapping_mul(stride) % count)?;
     }
     Ok(())
@@ -52,7 +58,8 @@ pub(crate) fn verify(guest: &Guest, lanes: &mut [Lane], bytes: u64, seed: u64) -
 /// Writes all of the disk, so that the load finds memory where nothing was written yet.
 pub(crate) fn fill(guest: &Guest, lanes: &mut [Lane], bytes: u64) -> Result<()> {
     let block = block_bytes(lanes);
-    let mut pass = Pass { guest, lanes, write: true, seed: 1, expected: vec![0; block as usize], found: Vec::new() };
+    let mut pass =
+        Pass { guest, lanes, write: true, seed: 1, expected: vec![0; block as usize], found: Vec::new() };
     pass.run(bytes / block, |index| index)
 }
 

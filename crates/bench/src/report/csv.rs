@@ -10,6 +10,7 @@ const COLUMNS: &[Column] = &[
     ("iops_p90_of_ms", |m| m.iops_p90),
     ("iops_per_core", Measurement::iops_per_core),
     ("server_cores", |m| m.server_cores),
+    ("waited_for_cpu", |m| m.waited_for_cpu),
     ("server_ns_per_request", Measurement::server_ns_per_request),
     ("p50_us", |m| m.p50_us),
     ("p99_us", |m| m.p99_us),
@@ -48,7 +49,11 @@ fn number(value: f64) -> String {
 }
 
 fn quoted(text: &str) -> String {
-    if text.contains([',', '"', '\n', '\r']) { format!("\"{}\"", text.replace('"', "\"\"")) } else { text.to_owned() }
+    if text.contains([',', '"', '\n', '\r']) {
+        format!("\"{}\"", text.replace('"', "\"\""))
+    } else {
+        text.to_owned()
+    }
 }
 
 #[cfg(test)]
@@ -64,12 +69,17 @@ mod tests {
         assert!(lines[0].starts_with("case,peer,repetition,requests,iops_mean,iops_p90_of_ms,"));
         let fields = lines[0].split(',').count();
         assert!(lines.iter().all(|line| line.split(',').count() == fields));
-        assert!(lines[1].starts_with("null/qd1,exitless,1,1000,1100000,1210000,1100000,1,909.091,0.8,,,0,,,,"));
+        assert!(
+            lines[1].starts_with("null/qd1,exitless,1,1000,1100000,1210000,1100000,1,,909.091,0.8,,,0,,,,")
+        );
     }
 
     #[test]
     fn numbers_are_short_and_names_are_safe() {
-        assert_eq!([0.0, 1234567.8, 0.012345678, 2.5, 100.0].map(number), ["0", "1234568", "0.0123457", "2.5", "100"]);
+        assert_eq!(
+            [0.0, 1234567.8, 0.012345678, 2.5, 100.0].map(number),
+            ["0", "1234568", "0.0123457", "2.5", "100"]
+        );
         assert_eq!(quoted("a, \"b\""), "\"a, \"\"b\"\"\"");
     }
 }

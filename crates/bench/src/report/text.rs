@@ -18,7 +18,8 @@ impl Table {
 
     fn text(&self) -> String {
         let columns = self.0[0].len();
-        let width = |column: usize| self.0.iter().map(|row| row[column].chars().count()).max().unwrap_or(0).max(3);
+        let width =
+            |column: usize| self.0.iter().map(|row| row[column].chars().count()).max().unwrap_or(0).max(3);
         let widths: Vec<_> = (0..columns).map(width).collect();
         let line = |row: &Vec<String>| {
             let cells = row.iter().zip(&widths).enumerate().map(|(column, (cell, &width))| match column {
@@ -32,7 +33,11 @@ impl Table {
             _ => format!("{:-<1$}:|", "", width + 1),
         });
         let rule = format!("|{}\n", rule.collect::<String>());
-        self.0.iter().enumerate().map(|(at, row)| if at == 0 { line(row) + &rule } else { line(row) }).collect()
+        self.0
+            .iter()
+            .enumerate()
+            .map(|(at, row)| if at == 0 { line(row) + &rule } else { line(row) })
+            .collect()
     }
 }
 
@@ -45,7 +50,16 @@ pub(crate) fn tables(report: &Report) -> String {
             &["case", "server", "CPU %", "own memory MiB"]
         } else {
             &[
-                "case", "server", "IOPS", "mean", "per core", "p50 µs", "p99 µs", "p99.9 µs", "kicks/req", "calls/req",
+                "case",
+                "server",
+                "IOPS",
+                "mean",
+                "per core",
+                "p50 µs",
+                "p99 µs",
+                "p99.9 µs",
+                "kicks/req",
+                "calls/req",
             ]
         };
         let mut table = Table::new(header);
@@ -66,7 +80,9 @@ pub(crate) fn tables(report: &Report) -> String {
 fn cells(summary: &Summary) -> Vec<String> {
     let median = &summary.median;
     let us = |value: Option<f64>| value.map_or("-".into(), microseconds);
-    let ratio = |value: Option<f64>| value.map_or("-".into(), |v| if v == 0.0 { "0".into() } else { format!("{v:.3}") });
+    let ratio = |value: Option<f64>| {
+        value.map_or("-".into(), |v| if v == 0.0 { "0".into() } else { format!("{v:.3}") })
+    };
     vec![
         summary.case.clone(),
         summary.peer.clone(),
@@ -131,11 +147,17 @@ fn ending(report: &Report) -> String {
     let mut text = String::new();
     let mut section = |title: &str, lines: Vec<String>| {
         if !lines.is_empty() {
-            text += &format!("\n{title}\n\n{}", lines.into_iter().map(|line| format!("- {line}\n")).collect::<String>());
+            text += &format!(
+                "\n{title}\n\n{}",
+                lines.into_iter().map(|line| format!("- {line}\n")).collect::<String>()
+            );
         }
     };
     section("Remarks", report.remarks.clone());
-    section("Not installed", report.absent.iter().map(|(peer, reason)| format!("{peer}: {reason}")).collect());
+    section(
+        "Not installed",
+        report.absent.iter().map(|(peer, reason)| format!("{peer}: {reason}")).collect(),
+    );
     let mut reasons: Vec<(&str, &str, Vec<&str>)> = Vec::new();
     for (case, peer, reason) in &report.skipped {
         match reasons.iter_mut().find(|(p, r, _)| p == peer && r == reason) {
@@ -143,10 +165,20 @@ fn ending(report: &Report) -> String {
             None => reasons.push((peer, reason, vec![case])),
         }
     }
-    let skipped = reasons.iter().map(|(peer, reason, cases)| format!("{peer} {reason}: {}", cases.join(", ")));
+    let skipped = reasons.iter().map(|(peer, reason, cases)| format!("{peer} {reason}: {}", few(cases)));
     section("Skipped", skipped.collect());
-    section("Failed", report.failed.iter().map(|(case, peer, error)| format!("{case}, {peer}: {error}")).collect());
+    section(
+        "Failed",
+        report.failed.iter().map(|(case, peer, error)| format!("{case}, {peer}: {error}")).collect(),
+    );
     text
+}
+
+/// The first names, and how many more there are.
+fn few(names: &[&str]) -> String {
+    const SHOWN: usize = 3;
+    let shown = names[..names.len().min(SHOWN)].join(", ");
+    if names.len() > SHOWN { format!("{shown} and {} more", names.len() - SHOWN) } else { shown }
 }
 
 /// Cases and peers, without measuring.

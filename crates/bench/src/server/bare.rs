@@ -12,6 +12,7 @@ use virtio::Memory;
 use virtio::ring::{Chains, DeviceRing, RingConfig, Used};
 use vmm_sys_util::eventfd::EventFd;
 
+use super::usage::Usage;
 use crate::cpus;
 
 /// The most chains taken before they are given back, small enough to let the client go on meanwhile.
@@ -21,23 +22,33 @@ const BURST: usize = 16;
 pub(crate) struct Bare {
     stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<Result<()>>>,
-    tid: u32,
+    usage: Usage,
 }
 
 impl Bare {
     /// Serves `rings` on `cpu`.
-    pub(crate) fn start(rings: &[RingConfig], memory: &Arc<Memory>, call: &EventFd, cpu: Option<u32>) -> Result<Self> {
+    pub(crate) fn start(
+        rings: &[RingConfig],
+        memory: &Arc<Memory>,
+        call: &EventFd,
+        cpu: Option<u32>,
+    ) -> Result<Self> {
         let mut queues = Vec::new();
         for config in rings {
             let ring = DeviceRing::new(config, memory, None).context("the bare server's ring")?;
             let call = call.try_clone().context("cannot duplicate the call eventfd")?;
-            queues.push(BareQueue { ring, chains: Chains::new(config, memory.clone()), call, burst: Vec::new() });
+            queues.push(BareQueue {
+                ring,
+                chains: Chains::new(config, memory.clone()),
+                call,
+                burst: Vec::new(),
+            });
         }
         let stop = Arc::new(AtomicBool::new(false));
         let (seen, (tell, told)) = (stop.clone(), std::sync::mpsc::channel());
         let thread = std::thread::Builder::new().name("bare".into()).spawn(move || {
             cpus::pin(cpu)?;
-            let _ = tell.send(rustix::thread::gettid().as_raw_nonzero().get() as u32);
+            let _ = tell.send(Usage::this_thread());
             queues.iter_mut().for_each(|queue| queue.ring.disarm());
             while !seen.load(Ordering::Relaxed) {
                 for queue in &mut queues {
@@ -46,17 +57,21 @@ impl Bare {
             }
             Ok(())
         });
-        let mut bare = Self { stop, thread: Some(thread.context("cannot start a thread")?), tid: 0 };
+        let mut bare = Self {
+            stop,
+            thread: Some(thread.context("cannot start a thread")?),
+            usage: Usage::this_thread(),
+        };
         match told.recv() {
-            Ok(tid) => bare.tid = tid,
+            Ok(usage) => bare.usage = usage,
             Err(_) => bare.end()?,
         }
         Ok(bare)
     }
 
-    /// The thread's id.
-    pub(crate) fn tid(&self) -> u32 {
-        self.tid
+    /// What the thread uses.
+    pub(crate) fn usage(&self) -> Usage {
+        self.usage.clone()
     }
 
     fn end(&mut self) -> Result<()> {

@@ -14,15 +14,31 @@ pub(crate) enum Usage {
     Thread(u32),
 }
 
+/// CPU time of all threads of a server, in ns.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct CpuTime {
+    /// On a CPU.
+    pub(crate) ran_ns: u64,
+    /// Runnable, while something else had the CPU.
+    pub(crate) waited_ns: u64,
+}
+
 impl Usage {
-    /// CPU time used so far by the threads that exist now, in ns. `schedstat` counts in ns what `stat` counts in ticks
-    /// of 10 ms.
-    pub(crate) fn cpu_ns(&self) -> Result<u64> {
-        let mut sum = 0;
+    /// The calling thread.
+    pub(crate) fn this_thread() -> Self {
+        Self::Thread(rustix::thread::gettid().as_raw_nonzero().get() as u32)
+    }
+
+    /// CPU time so far of the threads that exist now. `schedstat` counts in ns what `stat` counts in ticks of 10 ms,
+    /// but of a thread that is running only what it had used at the last tick.
+    pub(crate) fn cpu_time(&self) -> Result<CpuTime> {
+        let mut sum = CpuTime::default();
         for file in self.schedstat_files()? {
             // A thread may end between being listed and being read.
             if let Ok(text) = fs::read_to_string(file) {
-                sum += parse_schedstat(&text).context("cannot read a thread's schedstat")?;
+                let time = parse_schedstat(&text).context("cannot read a thread's schedstat")?;
+                sum.ran_ns += time.ran_ns;
+                sum.waited_ns += time.waited_ns;
             }
         }
         Ok(sum)
@@ -46,9 +62,10 @@ impl Usage {
     }
 }
 
-/// The first number of `schedstat`: time on a CPU in ns (kernel, sched-stats.rst).
-fn parse_schedstat(text: &str) -> Option<u64> {
-    text.split_ascii_whitespace().next()?.parse().ok()
+/// The first two numbers of `schedstat` (kernel, sched-stats.rst).
+fn parse_schedstat(text: &str) -> Option<CpuTime> {
+    let mut numbers = text.split_ascii_whitespace().map_while(|word| word.parse().ok());
+    Some(CpuTime { ran_ns: numbers.next()?, waited_ns: numbers.next()? })
 }
 
 /// `RssAnon` and `RssFile` of `/proc/PID/status`.
@@ -65,9 +82,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn schedstat_begins_with_the_time_on_a_cpu() {
-        assert_eq!(parse_schedstat("123456789 42 7\n"), Some(123_456_789));
-        assert_eq!(parse_schedstat(""), None);
+    fn schedstat_begins_with_the_times_on_and_waiting_for_a_cpu() {
+        let time = parse_schedstat("123456789 42 7\n").unwrap();
+        assert_eq!((time.ran_ns, time.waited_ns), (123_456_789, 42));
+        assert!(parse_schedstat("").is_none());
     }
 
     #[test]
@@ -79,10 +97,9 @@ mod tests {
     #[test]
     fn this_process_uses_something() {
         let usage = Usage::Process(std::process::id());
-        let before = usage.cpu_ns().unwrap();
-        let mut sum = 0_u64;
-        while usage.cpu_ns().unwrap() == before {
-            sum = sum.wrapping_add(1);
+        let before = usage.cpu_time().unwrap().ran_ns;
+        while usage.cpu_time().unwrap().ran_ns == before {
+            std::hint::spin_loop();
         }
         assert!(usage.own_memory_kib().unwrap() > 0);
         assert!(Usage::Thread(1).own_memory_kib().is_none());
