@@ -267,6 +267,13 @@ impl Rig {
     }
 }
 
+/// A descriptor of [`Poller::wake_fds`], which stays open for as long as the poller.
+#[allow(unsafe_code, reason = "the trait hands out raw descriptors")]
+pub fn borrow<'a>(fd: std::os::fd::RawFd) -> std::os::fd::BorrowedFd<'a> {
+    // SAFETY: the tests use it only while the poller that gave it lives.
+    unsafe { std::os::fd::BorrowedFd::borrow_raw(fd) }
+}
+
 pub fn header(kind: u32, sector: u64) -> [u8; 16] {
     let mut header = [0; 16];
     header[..4].copy_from_slice(&kind.to_le_bytes());

@@ -1,19 +1,16 @@
 //! Storage in this process's memory. It is gone when the process ends; a page that was never written, or was
 //! discarded, takes no memory and reads as zeros.
-//!
-//! Requests are done when they are submitted, except for long ones, of which each turn does a part: queues that share
-//! the thread do not wait for a megabyte to be copied.
 
 mod store;
 
-use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use virtio::ring::Chains;
 
 use self::store::Store;
-use crate::backend::{Backend, BackendError, Channel, Done, Geometry, Op, OpKind, Status};
+use crate::backend::{Backend, BackendError, Channel, Geometry, Op, OpKind, Status};
+use crate::backends::stepwise::{Steps, Stepwise};
 use crate::data::Pieces;
 
 /// The most bytes copied for one operation in one go.
@@ -50,7 +47,7 @@ impl Backend for Memory {
     }
 
     fn channel(&self, _memory: &Arc<virtio::Memory>, depth: u16) -> Result<Box<dyn Channel>, BackendError> {
-        Ok(Box::new(MemoryChannel { store: self.store.clone(), long: VecDeque::with_capacity(depth.into()) }))
+        Ok(Box::new(Stepwise::new(InPlace(self.store.clone()), depth)))
     }
 
     fn resize(&self, bytes: Option<u64>) -> Result<Geometry, BackendError> {
@@ -64,60 +61,26 @@ impl Backend for Memory {
     }
 }
 
-struct MemoryChannel {
-    store: Arc<Store>,
-    /// Operations too long for one go, and how much of each is done.
-    long: VecDeque<(Op, u64)>,
-}
+struct InPlace(Arc<Store>);
 
-impl MemoryChannel {
-    /// Does the next part of `op`, after `progress` bytes; returns the bytes that are done now, or the failure.
+impl Steps for InPlace {
     #[inline(always)]
-    fn step(store: &Store, op: &Op, progress: u64, chains: &Chains) -> Result<u64, Status> {
+    fn step(&mut self, op: &Op, progress: u64, chains: &Chains) -> Result<u64, Status> {
         let (at, left) = (op.offset + progress, op.len - progress);
         match op.kind {
             OpKind::Read | OpKind::Write => {
                 let now = left.min(COPY_BYTES_MAX);
                 let pieces = Pieces::new(op.kind, chains.get(&op.token), progress, now);
                 let copied =
-                    if op.kind == OpKind::Read { store.read(at, pieces) } else { store.write(at, pieces) };
+                    if op.kind == OpKind::Read { self.0.read(at, pieces) } else { self.0.write(at, pieces) };
                 if copied == now { Ok(progress + now) } else { Err(Status::IoError) }
             }
             OpKind::Discard | OpKind::WriteZeroes { .. } => {
                 let now = left.min(FREE_BYTES_MAX);
-                store.zero(at, now).map(|()| progress + now).map_err(|_| Status::IoError)
+                self.0.zero(at, now).map(|()| progress + now).map_err(|_| Status::IoError)
             }
             OpKind::Flush => Ok(0),
             OpKind::SecureErase => Err(Status::Unsupported),
         }
-    }
-}
-
-impl Channel for MemoryChannel {
-    fn submit(&mut self, ops: &mut Vec<Op>, chains: &Chains, done: &mut Vec<Done>) {
-        for op in ops.drain(..) {
-            match Self::step(&self.store, &op, 0, chains) {
-                Ok(progress) if progress < op.len => self.long.push_back((op, progress)),
-                Ok(_) => done.push(Done { token: op.token, status: Status::Ok }),
-                Err(status) => done.push(Done { token: op.token, status }),
-            }
-        }
-    }
-
-    fn reap(&mut self, chains: &Chains, done: &mut Vec<Done>) {
-        let Some((op, progress)) = self.long.pop_front() else { return };
-        match Self::step(&self.store, &op, progress, chains) {
-            Ok(progress) if progress < op.len => self.long.push_back((op, progress)),
-            Ok(_) => done.push(Done { token: op.token, status: Status::Ok }),
-            Err(status) => done.push(Done { token: op.token, status }),
-        }
-    }
-
-    fn in_flight(&self) -> usize {
-        self.long.len()
-    }
-
-    fn arm(&mut self) -> bool {
-        !self.long.is_empty()
     }
 }

@@ -1,0 +1,198 @@
+//! Storage in a raw file or a block device.
+//!
+//! Requests go through io_uring ([`uring`]), one system call per burst, each queue with a ring of its own. Files on
+//! tmpfs are the exception: the kernel would hand every request to a worker thread, because tmpfs has no non-blocking
+//! read, although none ever blocks; they are read and written in place ([`inline`]), which takes less than the detour.
+
+mod bounce;
+mod fixed;
+mod inline;
+mod lock;
+mod open;
+mod ring;
+mod uring;
+
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use rustix::fs::FallocateFlags;
+use virtio::Memory;
+
+use crate::backend::{Backend, BackendError, Channel, Geometry};
+use crate::backends::stepwise::Stepwise;
+
+/// Whether the host's page cache is bypassed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Direct {
+    /// Where the file system can.
+    #[default]
+    Auto,
+    /// Always; opening fails where the file system cannot.
+    On,
+    /// Never.
+    Off,
+}
+
+/// How requests reach the kernel.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Engine {
+    /// In place for files on tmpfs, io_uring for all others.
+    #[default]
+    Auto,
+    /// io_uring.
+    Uring,
+    /// In place: the I/O thread waits for each request.
+    Inline,
+}
+
+/// How to open a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FileOptions {
+    /// Open for reading only.
+    pub read_only: bool,
+    /// Bypass the page cache.
+    pub direct: Direct,
+    /// The way to the kernel.
+    pub engine: Engine,
+    /// Keep others from writing the file at the same time, and from reading it while we write.
+    pub lock: bool,
+    /// With io_uring: let a kernel thread look for requests, which sleeps after this many milliseconds without. Costs
+    /// that thread's CPU.
+    pub sqpoll_ms: Option<u32>,
+    /// With io_uring and `direct`: pin all guest memory, so that its pages need not be looked up per request.
+    pub fixed_buffers: bool,
+}
+
+impl Default for FileOptions {
+    fn default() -> Self {
+        Self {
+            read_only: false,
+            direct: Direct::Auto,
+            engine: Engine::Auto,
+            lock: true,
+            sqpoll_ms: None,
+            fixed_buffers: false,
+        }
+    }
+}
+
+/// What a transfer must be aligned to for the page cache to be bypassed. Powers of two.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct DirectAlign {
+    /// Buffer addresses and lengths, in bytes.
+    memory: usize,
+    /// Offsets and lengths in the file, in bytes.
+    file: u64,
+}
+
+/// An open file, as the queues share it.
+#[derive(Debug)]
+struct Opened {
+    path: PathBuf,
+    /// Goes through the page cache.
+    buffered: OwnedFd,
+    /// Goes past it.
+    direct: Option<(OwnedFd, DirectAlign)>,
+    options: FileOptions,
+    kind: Kind,
+    /// Smallest efficient unit in bytes.
+    block_bytes: u32,
+    /// Holes can be punched.
+    punches: bool,
+}
+
+/// What was opened.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    /// A file whose pages are memory.
+    Tmpfs,
+    /// A file.
+    Regular,
+    /// A block device.
+    Block,
+}
+
+impl Opened {
+    /// The ways to make a range read as zeros, best first.
+    fn zero_modes(&self, unmap: bool) -> &'static [FallocateFlags] {
+        const PUNCH: FallocateFlags = FallocateFlags::PUNCH_HOLE.union(FallocateFlags::KEEP_SIZE);
+        const ZERO: FallocateFlags = FallocateFlags::ZERO_RANGE.union(FallocateFlags::KEEP_SIZE);
+        if unmap { &[PUNCH, ZERO] } else { &[ZERO, PUNCH] }
+    }
+}
+
+/// A raw file or block device.
+#[derive(Debug)]
+pub struct File {
+    opened: Arc<Opened>,
+    bytes: AtomicU64,
+}
+
+impl File {
+    /// Opens the file or block device at `path`.
+    ///
+    /// # Errors
+    /// It cannot be opened or locked, is neither a file nor a block device, or cannot do what `options` ask for.
+    pub fn open(path: &Path, options: FileOptions) -> Result<Self, BackendError> {
+        let (opened, bytes) = open::open(path, options)?;
+        Ok(Self { opened: Arc::new(opened), bytes: AtomicU64::new(bytes) })
+    }
+
+    /// Whether the page cache is bypassed.
+    #[must_use]
+    pub fn is_direct(&self) -> bool {
+        self.opened.direct.is_some()
+    }
+}
+
+impl Backend for File {
+    fn geometry(&self) -> Geometry {
+        let opened = &self.opened;
+        Geometry {
+            block_bytes: opened.block_bytes,
+            read_only: opened.options.read_only,
+            flush: true,
+            discard: opened.punches,
+            write_zeroes: opened.punches,
+            ..Geometry::new(self.bytes.load(Ordering::Relaxed))
+        }
+    }
+
+    fn channel(&self, memory: &Arc<Memory>, depth: u16) -> Result<Box<dyn Channel>, BackendError> {
+        let opened = &self.opened;
+        let inline = || Box::new(Stepwise::new(inline::Inline::new(opened.clone()), depth));
+        match (opened.options.engine, opened.kind) {
+            (Engine::Inline, _) | (Engine::Auto, Kind::Tmpfs) => Ok(inline()),
+            (Engine::Uring, _) => Ok(Box::new(uring::Uring::new(opened.clone(), memory, depth)?)),
+            (Engine::Auto, _) => match uring::Uring::new(opened.clone(), memory, depth) {
+                Ok(uring) => Ok(Box::new(uring)),
+                Err(error) => {
+                    tracing::warn!(%error, "no io_uring: the I/O thread waits for each request");
+                    Ok(inline())
+                }
+            },
+        }
+    }
+
+    fn resize(&self, bytes: Option<u64>) -> Result<Geometry, BackendError> {
+        let opened = &self.opened;
+        let failed = |what: &str, error: &dyn std::fmt::Display| {
+            BackendError(format!("resizing {}: {what}: {error}", opened.path.display()))
+        };
+        if let Some(bytes) = bytes {
+            if opened.kind == Kind::Block {
+                return Err(failed(
+                    "a block device has the size it has",
+                    &"resize it where it is, then take that over",
+                ));
+            }
+            rustix::fs::ftruncate(&opened.buffered, bytes & !511)
+                .map_err(|e| failed("changing its size", &e))?;
+        }
+        let bytes = open::size(&opened.buffered).map_err(|e| failed("reading its size", &e))?;
+        self.bytes.store(bytes & !511, Ordering::Relaxed);
+        Ok(self.geometry())
+    }
+}

@@ -1,0 +1,119 @@
+//! Opens a file and finds out what it can do.
+
+use std::ffi::CString;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+
+use rustix::fs::{
+    AtFlags, FallocateFlags, FileType, Mode, OFlags, SeekFrom, StatxFlags, fallocate, fstat, fstatfs,
+    ioctl_blkpbszget, openat, seek, statx,
+};
+use rustix::io::Errno;
+
+use super::bounce::Bounce;
+use super::{Direct, DirectAlign, FileOptions, Kind, Opened, lock};
+use crate::backend::BackendError;
+
+/// `TMPFS_MAGIC`, linux/magic.h.
+const TMPFS_MAGIC: u64 = 0x0102_1994;
+/// The least and most of what is announced as a unit.
+const BLOCK_BYTES_MIN: u32 = 512;
+const BLOCK_BYTES_MAX: u32 = 4096;
+
+/// Opens `path`; returns it and its size in bytes, in whole sectors.
+pub(super) fn open(path: &Path, options: FileOptions) -> Result<(Opened, u64), BackendError> {
+    let failed = |what: &str, error: &dyn std::fmt::Display| {
+        BackendError(format!("opening {}: {what}: {error}", path.display()))
+    };
+    let name = CString::new(path.as_os_str().as_bytes()).map_err(|e| failed("bad path", &e))?;
+    let access = if options.read_only { OFlags::RDONLY } else { OFlags::RDWR };
+    let reopen =
+        |flags| openat(rustix::fs::CWD, name.as_c_str(), access | OFlags::CLOEXEC | flags, Mode::empty());
+
+    // Non-blocking, so that a FIFO does not stop us before it is refused.
+    let buffered = reopen(OFlags::NONBLOCK).map_err(|e| failed(permission(options), &e))?;
+    let stat = fstat(&buffered).map_err(|e| failed("examining it", &e))?;
+    let fs = fstatfs(&buffered).map_err(|e| failed("examining its file system", &e))?;
+    let kind = match FileType::from_raw_mode(stat.st_mode) {
+        FileType::RegularFile if fs.f_type as u64 == TMPFS_MAGIC => Kind::Tmpfs,
+        FileType::RegularFile => Kind::Regular,
+        FileType::BlockDevice => Kind::Block,
+        _ => return Err(failed("it must be a regular file or a block device", &"it is something else")),
+    };
+    rustix::fs::fcntl_setfl(&buffered, OFlags::empty()).map_err(|e| failed("making it wait", &e))?;
+    if options.lock {
+        lock::lock(&buffered, !options.read_only).map_err(|error| match error.kind() {
+            std::io::ErrorKind::WouldBlock => {
+                failed("locking it", &"another process uses it (lock=off overrides)")
+            }
+            _ => failed("locking it", &error),
+        })?;
+    }
+    let bytes = size(&buffered).map_err(|e| failed("reading its size", &e))?;
+    if bytes % 512 != 0 {
+        tracing::warn!(path = %path.display(), bytes, "the bytes beyond the last whole sector cannot be reached");
+    }
+    let direct = match options.direct {
+        Direct::Off => None,
+        Direct::Auto if kind == Kind::Tmpfs => None,
+        Direct::Auto | Direct::On => reopen(OFlags::DIRECT)
+            .ok()
+            .and_then(|fd| same_file(&fd, &stat).then_some(fd))
+            .and_then(|fd| direct_align(&fd, bytes).map(|align| (fd, align))),
+    };
+    if options.direct == Direct::On && direct.is_none() {
+        return Err(failed("direct=on", &"its file system cannot bypass the page cache"));
+    }
+    let natural = match kind {
+        Kind::Block => ioctl_blkpbszget(&buffered).unwrap_or(BLOCK_BYTES_MIN),
+        _ => u32::try_from(stat.st_blksize).unwrap_or(BLOCK_BYTES_MAX),
+    };
+    let opened = Opened {
+        path: path.to_owned(),
+        punches: !options.read_only && punches(&buffered, kind, bytes),
+        block_bytes: natural.clamp(BLOCK_BYTES_MIN, BLOCK_BYTES_MAX).next_power_of_two(),
+        buffered,
+        direct,
+        options,
+        kind,
+    };
+    tracing::debug!(?opened, bytes, "opened");
+    Ok((opened, bytes & !511))
+}
+
+fn permission(options: FileOptions) -> &'static str {
+    if options.read_only { "for reading" } else { "for reading and writing" }
+}
+
+/// Its size in bytes: that of a block device is where it ends.
+pub(super) fn size(file: impl AsFd) -> Result<u64, Errno> {
+    seek(file, SeekFrom::End(0))
+}
+
+/// Whether the path still leads to what was opened (and locked) first.
+fn same_file(file: &OwnedFd, stat: &rustix::fs::Stat) -> bool {
+    fstat(file).is_ok_and(|again| (again.st_dev, again.st_ino) == (stat.st_dev, stat.st_ino))
+}
+
+/// What the file system says direct transfers must be aligned to, or, where it says nothing, what it accepts.
+fn direct_align(file: &OwnedFd, bytes: u64) -> Option<DirectAlign> {
+    if let Ok(found) = statx(file, c"", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN)
+        && StatxFlags::from_bits_retain(found.stx_mask).contains(StatxFlags::DIOALIGN)
+    {
+        let (memory, file) = (found.stx_dio_mem_align, found.stx_dio_offset_align);
+        return (memory.is_power_of_two() && file.is_power_of_two())
+            .then(|| DirectAlign { memory: memory.max(1) as usize, file: u64::from(file).max(512) });
+    }
+    [512, 4096]
+        .into_iter()
+        .find(|&align| Bounce::probe(file, align, bytes))
+        .map(|align| DirectAlign { memory: align, file: align as u64 })
+}
+
+/// Whether holes can be punched: tried behind the end of a file, where there is nothing to lose. Whether a block
+/// device takes it shows when it is asked.
+fn punches(file: &OwnedFd, kind: Kind, bytes: u64) -> bool {
+    let mode = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+    kind == Kind::Block || fallocate(file, mode, bytes.next_multiple_of(4096), 4096).is_ok()
+}

@@ -1,0 +1,259 @@
+//! An io_uring instance, and the buffers that the kernel works on.
+//!
+//! The kernel reaches buffers by address while a request is in flight, so they must stay where they are until its
+//! completion is seen. All of them are owned here: guest memory by the reference to its map, bounce buffers and
+//! address lists in the slot of their request. Dropping the ring waits for what is in flight; if that takes too long,
+//! the buffers are never freed.
+#![allow(unsafe_code)]
+
+use std::io;
+use std::mem::ManuallyDrop;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::sync::Arc;
+use std::sync::atomic::{Ordering, fence};
+use std::time::{Duration, Instant};
+
+use io_uring::types::{Fixed, FsyncFlags, SubmitArgs, Timespec};
+use io_uring::{IoUring, opcode, squeue};
+use rustix::event::{EventfdFlags, eventfd};
+use virtio::Memory;
+
+use super::bounce::Bounce;
+use super::fixed::FixedBuffers;
+use crate::data::{Piece, Pieces};
+
+/// The most pieces in one request (`UIO_MAXIOV`).
+pub(super) const PIECES_MAX: usize = 1024;
+/// How long dropping the ring waits for the kernel.
+const DROP_WAIT: Duration = Duration::from_secs(10);
+
+/// What a request in flight refers to.
+#[derive(Default)]
+struct Buffers {
+    pieces: Vec<libc::iovec>,
+    bounce: Option<Bounce>,
+}
+
+/// Which way data go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Way {
+    FromFile,
+    ToFile,
+}
+
+/// A ring with room for one request per slot.
+pub(super) struct Ring {
+    uring: ManuallyDrop<IoUring>,
+    slots: ManuallyDrop<Box<[Buffers]>>,
+    memory: ManuallyDrop<Arc<Memory>>,
+    fixed: Option<FixedBuffers>,
+    event: OwnedFd,
+    /// Requests made and not seen completed.
+    in_flight: usize,
+    /// Requests made and not shown to the kernel.
+    unsubmitted: usize,
+}
+
+impl Ring {
+    /// A ring for `depth` requests on `files`, which are then named by their index. To be called, as everything else
+    /// here, on the thread that uses it.
+    pub(super) fn new(
+        memory: &Arc<Memory>,
+        depth: u16,
+        files: &[RawFd],
+        sqpoll_ms: Option<u32>,
+        fixed_buffers: bool,
+    ) -> io::Result<Self> {
+        let mut uring = build(u32::from(depth).next_power_of_two().max(8), sqpoll_ms)?;
+        uring.submitter().register_files(files)?;
+        // Without it a call costs a few nanoseconds more; a thread has room for 16.
+        let _ = uring.submitter().register_ring_fd();
+        let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        uring.submitter().register_eventfd(event.as_raw_fd())?;
+        uring.completion().disable_eventfd();
+        let fixed = fixed_buffers.then(|| FixedBuffers::register(&uring, memory)).flatten();
+        Ok(Self {
+            uring: ManuallyDrop::new(uring),
+            slots: ManuallyDrop::new((0..depth).map(|_| Buffers::default()).collect()),
+            memory: ManuallyDrop::new(memory.clone()),
+            fixed,
+            event,
+            in_flight: 0,
+            unsubmitted: 0,
+        })
+    }
+
+    /// Moves data between the file and `pieces`, of which there are at most [`PIECES_MAX`], in the memory the ring
+    /// was made with.
+    #[inline(always)]
+    pub(super) fn transfer(&mut self, slot: usize, way: Way, file: u32, offset: u64, mut pieces: Pieces<'_>) {
+        let Some(first) = pieces.next() else { return };
+        let Some(second) = pieces.next() else {
+            let entry = self.single(way, Fixed(file), offset, first);
+            return self.push(slot, entry);
+        };
+        let list = &mut self.slots[slot].pieces;
+        list.clear();
+        let all = [first, second].into_iter().chain(pieces).take(PIECES_MAX);
+        list.extend(all.map(|piece| libc::iovec { iov_base: piece.ptr.cast(), iov_len: piece.len }));
+        let (list, count) = (list.as_ptr(), list.len() as u32);
+        let entry = match way {
+            Way::FromFile => opcode::Readv::new(Fixed(file), list, count).offset(offset).build(),
+            Way::ToFile => opcode::Writev::new(Fixed(file), list, count).offset(offset).build(),
+        };
+        self.push(slot, entry);
+    }
+
+    /// Moves the first `len` bytes between the file and `bounce`, which comes back with [`Ring::take_bounce`].
+    pub(super) fn transfer_bounced(
+        &mut self,
+        slot: usize,
+        way: Way,
+        file: u32,
+        offset: u64,
+        len: u32,
+        bounce: Bounce,
+    ) {
+        let bounce = self.slots[slot].bounce.insert(bounce);
+        let ptr = bounce.as_mut_ptr();
+        let entry = match way {
+            Way::FromFile => opcode::Read::new(Fixed(file), ptr, len).offset(offset).build(),
+            Way::ToFile => opcode::Write::new(Fixed(file), ptr, len).offset(offset).build(),
+        };
+        self.push(slot, entry);
+    }
+
+    /// Gives back the buffer of a request that was completed.
+    #[inline(always)]
+    pub(super) fn take_bounce(&mut self, slot: usize) -> Option<Bounce> {
+        self.slots[slot].bounce.take()
+    }
+
+    /// Makes the file's data durable.
+    pub(super) fn sync(&mut self, slot: usize, file: u32) {
+        self.push(slot, opcode::Fsync::new(Fixed(file)).flags(FsyncFlags::DATASYNC).build());
+    }
+
+    /// `fallocate(2)`.
+    pub(super) fn allocate(&mut self, slot: usize, file: u32, mode: i32, offset: u64, len: u64) {
+        self.push(slot, opcode::Fallocate::new(Fixed(file), len).offset(offset).mode(mode).build());
+    }
+
+    #[inline(always)]
+    fn single(&mut self, way: Way, file: Fixed, offset: u64, piece: Piece) -> squeue::Entry {
+        let len = piece.len as u32;
+        let fixed = self.fixed.as_mut().and_then(|fixed| fixed.index(&piece));
+        match (way, fixed) {
+            (Way::FromFile, None) => opcode::Read::new(file, piece.ptr, len).offset(offset).build(),
+            (Way::ToFile, None) => opcode::Write::new(file, piece.ptr, len).offset(offset).build(),
+            (Way::FromFile, Some(i)) => {
+                opcode::ReadFixed::new(file, piece.ptr, len, i).offset(offset).build()
+            }
+            (Way::ToFile, Some(i)) => opcode::WriteFixed::new(file, piece.ptr, len, i).offset(offset).build(),
+        }
+    }
+
+    #[inline(always)]
+    fn push(&mut self, slot: usize, entry: squeue::Entry) {
+        let entry = entry.user_data(slot as u64);
+        // SAFETY: all the entry refers to is owned by the ring until it is completed, see the module header.
+        let pushed = unsafe { self.uring.submission().push(&entry) };
+        debug_assert!(pushed.is_ok(), "each slot has one request and the ring has room for all slots");
+        self.in_flight += 1;
+        self.unsubmitted += 1;
+    }
+
+    /// Shows the kernel what was made, by one call.
+    #[inline(always)]
+    pub(super) fn submit(&mut self) {
+        if self.unsubmitted == 0 {
+            return;
+        }
+        match self.uring.submit() {
+            Ok(submitted) => self.unsubmitted -= submitted.min(self.unsubmitted),
+            // Out of some resource for the moment: they stay in the ring, and the next turn tries again.
+            Err(error) => tracing::debug!(%error, "io_uring takes nothing now"),
+        }
+    }
+
+    /// Appends completions, each a slot and a result, to `out`. Costs no system call unless the kernel asks for one.
+    #[inline(always)]
+    pub(super) fn completions(&mut self, out: &mut Vec<(usize, i32)>) {
+        self.submit();
+        let before = out.len();
+        let (submitter, queue, mut completions) = self.uring.split();
+        if completions.is_empty() && queue.taskrun() {
+            // Nothing is submitted; the flags of the ring make this an `io_uring_enter` that completes requests.
+            let _ = submitter.submit();
+            completions.sync();
+        }
+        out.extend(completions.map(|entry| (entry.user_data() as usize, entry.result())));
+        self.in_flight -= out.len() - before;
+    }
+
+    /// Readable when something was completed, if armed.
+    pub(super) fn event(&self) -> RawFd {
+        self.event.as_raw_fd()
+    }
+
+    /// Makes completions show on the descriptor; true if some are there already.
+    pub(super) fn arm(&mut self) -> bool {
+        let (_, queue, mut completions) = self.uring.split();
+        completions.enable_eventfd();
+        // The kernel completes and then looks at the flag; the flag is set and then completions are looked for.
+        fence(Ordering::SeqCst);
+        completions.sync();
+        !completions.is_empty() || queue.taskrun() || self.unsubmitted > 0
+    }
+
+    /// Makes them no longer show.
+    pub(super) fn disarm(&mut self) {
+        self.uring.completion().disable_eventfd();
+    }
+}
+
+impl Drop for Ring {
+    fn drop(&mut self) {
+        let deadline = Instant::now() + DROP_WAIT;
+        let mut seen = Vec::new();
+        while self.in_flight > 0 && Instant::now() < deadline {
+            self.completions(&mut seen);
+            let wait = Timespec::new().nsec(100_000_000);
+            let _ = self.uring.submitter().submit_with_args(1, &SubmitArgs::new().timespec(&wait));
+        }
+        if self.in_flight > 0 {
+            tracing::error!(requests = self.in_flight, "storage does not answer: leaving its buffers to it");
+            return;
+        }
+        let _ = self.uring.submitter().unregister_ring_fd();
+        // SAFETY: each is dropped once, here, and not used afterwards; nothing is in flight that refers to them.
+        unsafe {
+            ManuallyDrop::drop(&mut self.uring);
+            ManuallyDrop::drop(&mut self.slots);
+            ManuallyDrop::drop(&mut self.memory);
+        }
+    }
+}
+
+/// A ring with the best flags that the kernel has.
+fn build(entries: u32, sqpoll_ms: Option<u32>) -> io::Result<IoUring> {
+    let mut result = Err(io::ErrorKind::Unsupported.into());
+    for attempt in 0..3 {
+        let mut builder = IoUring::builder();
+        match (sqpoll_ms, attempt) {
+            (Some(idle_ms), 0) => builder.setup_sqpoll(idle_ms).setup_single_issuer(),
+            (Some(idle_ms), _) => builder.setup_sqpoll(idle_ms),
+            // Completions are run when this thread asks for them, never by interrupting it (Linux 6.1) …
+            (None, 0) => builder.setup_single_issuer().setup_defer_taskrun().setup_taskrun_flag(),
+            // … or whenever it enters the kernel (5.19) …
+            (None, 1) => builder.setup_coop_taskrun().setup_taskrun_flag(),
+            // … or at any time.
+            (None, _) => &mut builder,
+        };
+        result = builder.build(entries);
+        if !matches!(&result, Err(error) if error.raw_os_error() == Some(libc::EINVAL)) {
+            break;
+        }
+    }
+    result
+}

@@ -1,0 +1,136 @@
+//! What is particular to files: locks, sizes, what becomes of one that others change.
+#![allow(clippy::unwrap_used, reason = "tests")]
+
+mod fake;
+
+use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use blk::backends::file::{Direct, Engine, File, FileOptions};
+use blk::{Backend, Blk, Options};
+use fake::{DISCARD, FLUSH, IN, IO_ERROR, OK, OUT, Rig, Ring, pattern, range};
+use virtio::Device;
+
+struct Scratch(PathBuf);
+
+impl Scratch {
+    fn new(folder: &str, name: &str, bytes: u64) -> Self {
+        let path = PathBuf::from(folder).join(format!("exitless-blk-{}-{name}", std::process::id()));
+        std::fs::File::create(&path).unwrap().set_len(bytes).unwrap();
+        Self(path)
+    }
+
+    fn on_disk(name: &str, bytes: u64) -> Self {
+        Self::new(env!("CARGO_TARGET_TMPDIR"), name, bytes)
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.0);
+    }
+}
+
+fn read_only() -> FileOptions {
+    FileOptions { read_only: true, ..FileOptions::default() }
+}
+
+#[test]
+fn an_image_has_one_writer_or_many_readers() {
+    let file = Scratch::on_disk("lock", 1 << 20);
+    let writer = File::open(&file.0, FileOptions::default()).unwrap();
+    let error = File::open(&file.0, FileOptions::default()).unwrap_err().to_string();
+    assert!(error.contains("another process uses it"), "{error}");
+    assert!(File::open(&file.0, read_only()).is_err());
+    File::open(&file.0, FileOptions { lock: false, ..FileOptions::default() }).unwrap();
+    drop(writer);
+    let _one = File::open(&file.0, read_only()).unwrap();
+    let _two = File::open(&file.0, read_only()).unwrap();
+    assert!(File::open(&file.0, FileOptions::default()).is_err());
+}
+
+#[test]
+fn a_file_opened_for_reading_makes_a_read_only_disk() {
+    let file = Scratch::on_disk("read-only", 1 << 20);
+    let disk = File::open(&file.0, read_only()).unwrap();
+    assert!(disk.geometry().read_only && !disk.geometry().discard);
+    let mut rig = Rig::new(Arc::new(disk), Ring::SPLIT);
+    assert_eq!(rig.status(OUT, 0, &[1; 512], 0), IO_ERROR);
+    assert_eq!(rig.status(IN, 0, &[], 512), OK);
+    assert_eq!(rig.status(FLUSH, 0, &[], 0), OK);
+}
+
+#[test]
+fn what_is_written_is_in_the_file() {
+    let file = Scratch::on_disk("content", 1 << 20);
+    let data = pattern(8192, 5);
+    {
+        let mut rig = Rig::new(Arc::new(File::open(&file.0, FileOptions::default()).unwrap()), Ring::SPLIT);
+        rig.write(3, &data);
+        assert_eq!(rig.status(FLUSH, 0, &[], 0), OK);
+        assert_eq!(rig.status(DISCARD, 0, &range(3, 1, 0), 0), OK);
+    }
+    let mut found = vec![0; 8192];
+    std::fs::File::open(&file.0).unwrap().read_exact_at(&mut found, 3 * 512).unwrap();
+    assert_eq!((&found[..512], &found[512..]), (&[0; 512][..], &data[512..]));
+}
+
+#[test]
+fn the_size_is_that_of_whole_sectors_and_can_be_taken_over() {
+    for engine in [Engine::Uring, Engine::Inline] {
+        let file = Scratch::on_disk(&format!("size-{engine:?}"), (1 << 20) + 700);
+        let options = FileOptions { engine, ..FileOptions::default() };
+        let disk =
+            Arc::new(Blk::new(Arc::new(File::open(&file.0, options).unwrap()), Options::default()).unwrap());
+        let sectors = (1u64 << 20) / 512 + 1;
+        assert_eq!(disk.config()[..8], sectors.to_le_bytes());
+        let mut rig = Rig::with(disk.clone(), Ring::SPLIT, u64::MAX, 0);
+        // The last sector ends in the middle of what a file system calls a block.
+        rig.write(sectors - 1, &[6; 512]);
+        assert_eq!(rig.read(sectors - 2, 1024)[512..], [6; 512]);
+        std::fs::OpenOptions::new().write(true).open(&file.0).unwrap().set_len(2 << 20).unwrap();
+        assert_eq!(rig.status(IN, sectors, &[], 512), IO_ERROR, "not before it is taken over");
+        assert_eq!(disk.resize(None).unwrap(), 2 << 20);
+        assert_eq!(rig.read(sectors, 512), [0; 512]);
+    }
+}
+
+#[test]
+fn reading_what_was_cut_off_fails() {
+    for (folder, engine) in [
+        (env!("CARGO_TARGET_TMPDIR"), Engine::Uring),
+        (env!("CARGO_TARGET_TMPDIR"), Engine::Inline),
+        ("/dev/shm", Engine::Auto),
+    ] {
+        let file = Scratch::new(folder, &format!("cut-{engine:?}"), 1 << 20);
+        let options = FileOptions { engine, ..FileOptions::default() };
+        let mut rig = Rig::new(Arc::new(File::open(&file.0, options).unwrap()), Ring::SPLIT);
+        std::fs::OpenOptions::new().write(true).open(&file.0).unwrap().set_len(4096).unwrap();
+        assert_eq!(rig.status(IN, 8, &[], 4096), IO_ERROR);
+        assert_eq!(rig.status(IN, 0, &[], 8192), IO_ERROR, "partly there is not there");
+        assert_eq!(rig.status(IN, 0, &[], 4096), OK);
+    }
+}
+
+#[test]
+fn what_is_no_disk_is_refused() {
+    for path in ["/dev/null", "/", "/proc/self", "/no/such/file"] {
+        let error = File::open(path.as_ref(), FileOptions::default()).unwrap_err().to_string();
+        assert!(error.contains(path), "{error}");
+    }
+    let fifo = Scratch::on_disk("fifo", 0);
+    std::fs::remove_file(&fifo.0).unwrap();
+    rustix::fs::mknodat(rustix::fs::CWD, &fifo.0, rustix::fs::FileType::Fifo, 0o600.into(), 0).unwrap();
+    assert!(File::open(&fifo.0, FileOptions::default()).is_err(), "and without waiting for its other end");
+}
+
+#[test]
+fn the_page_cache_can_be_kept() {
+    let file = Scratch::on_disk("direct", 1 << 20);
+    let auto = File::open(&file.0, FileOptions::default()).unwrap();
+    println!("page cache bypassed on {}: {}", env!("CARGO_TARGET_TMPDIR"), auto.is_direct());
+    drop(auto);
+    let off = File::open(&file.0, FileOptions { direct: Direct::Off, ..FileOptions::default() }).unwrap();
+    assert!(!off.is_direct());
+}
