@@ -1,0 +1,4 @@
+//! Ring contents.
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| fuzz::ring::run(data));
