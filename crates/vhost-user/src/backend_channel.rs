@@ -8,14 +8,14 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use rustix::fs::{FileType, fstat};
+use rustix::fs::OFlags;
 use rustix::io::Errno;
 use vhost::vhost_user::message::BackendReq;
 use virtio::Call;
 
 use crate::bell::Bell;
-use crate::peer_fd::{self, PeerFdError};
-use crate::wire::{encode_request, send};
+use crate::peer_fd::{PeerFdError, Stream};
+use crate::wire::encode_request;
 
 /// The page size that host notifiers are mapped with.
 pub(crate) const NOTIFIER_BYTES: u64 = 4096;
@@ -29,8 +29,7 @@ struct Pending {
 
 /// The channel. Shared by the control thread and the I/O threads of the device.
 pub(crate) struct Channel {
-    fd: OwnedFd,
-    is_socket: bool,
+    stream: Stream,
     rings: Box<[Pending]>,
     /// Wakes the control thread when something is left to be sent.
     bell: Arc<Bell>,
@@ -48,9 +47,8 @@ enum Sent {
 
 impl Channel {
     pub(crate) fn new(fd: OwnedFd, rings: u16, bell: Arc<Bell>) -> Result<Self, PeerFdError> {
-        let fd = peer_fd::to_write_to(fd)?;
-        let is_socket = FileType::from_raw_mode(fstat(&fd)?.st_mode) == FileType::Socket;
-        Ok(Self { fd, is_socket, rings: (0..rings).map(|_| Pending::default()).collect(), bell })
+        let stream = Stream::new(fd, OFlags::WRONLY)?;
+        Ok(Self { stream, rings: (0..rings).map(|_| Pending::default()).collect(), bell })
     }
 
     /// Says that the configuration space has changed; false if that must be tried again.
@@ -120,14 +118,12 @@ impl Channel {
 
     /// Messages are far smaller than what a socket or pipe takes whole or not at all.
     fn send(&self, request: BackendReq, body: &[u8], fd: Option<BorrowedFd<'_>>) -> Sent {
+        if fd.is_some() && !self.stream.is_socket() {
+            return Sent::Never;
+        }
         let message = encode_request(request.into(), body);
         loop {
-            let sent = match self.is_socket {
-                true => send(self.fd.as_fd(), &message, fd),
-                false if fd.is_some() => return Sent::Never,
-                false => rustix::io::write(&self.fd, &message),
-            };
-            return match sent {
+            return match self.stream.write(&message, fd) {
                 Ok(_) => Sent::Yes,
                 Err(Errno::INTR) => continue,
                 Err(Errno::AGAIN) => Sent::NotYet,
@@ -139,7 +135,7 @@ impl Channel {
 
 impl AsFd for Channel {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.fd.as_fd()
+        self.stream.as_fd()
     }
 }
 

@@ -10,7 +10,7 @@ use rustix::event::PollFlags;
 use rustix::fs::OFlags;
 use rustix::io::Errno;
 
-use crate::peer_fd::{self, PeerFdError};
+use crate::peer_fd::{PeerFdError, Stream};
 use crate::request::Direction;
 
 /// The most a device's state may take.
@@ -32,7 +32,7 @@ pub(crate) enum TransferError {
 
 /// A transfer that is under way.
 pub(crate) struct Transfer {
-    fd: OwnedFd,
+    stream: Stream,
     direction: Direction,
     bytes: Vec<u8>,
     written: usize,
@@ -49,13 +49,13 @@ pub(crate) enum Progress {
 
 impl Transfer {
     pub(crate) fn new(direction: Direction, fd: OwnedFd, state: Vec<u8>) -> Result<Self, PeerFdError> {
-        reactor::check_peer_fd(fd.as_fd())?;
         let access = match direction {
             Direction::Save => OFlags::WRONLY,
             Direction::Load => OFlags::RDONLY,
         };
-        let fd = peer_fd::reopen_pipe(fd, access)?;
-        Ok(Self { fd, direction, bytes: state, written: 0, deadline: Instant::now() + TRANSFER_DEADLINE })
+        let stream = Stream::new(fd, access)?;
+        let deadline = Instant::now() + TRANSFER_DEADLINE;
+        Ok(Self { stream, direction, bytes: state, written: 0, deadline })
     }
 
     pub(crate) fn direction(&self) -> Direction {
@@ -82,7 +82,7 @@ impl Transfer {
                 Direction::Save if self.written == self.bytes.len() => return Ok(Progress::Done(Vec::new())),
                 Direction::Save => {
                     let end = self.bytes.len().min(self.written + CHUNK_BYTES);
-                    rustix::io::write(&self.fd, &self.bytes[self.written..end]).map(|n| self.written += n)
+                    self.stream.write(&self.bytes[self.written..end], None).map(|n| self.written += n)
                 }
                 Direction::Load => match self.read() {
                     Ok(0) => return Ok(Progress::Done(std::mem::take(&mut self.bytes))),
@@ -102,7 +102,7 @@ impl Transfer {
     fn read(&mut self) -> Result<usize, Errno> {
         let start = self.bytes.len();
         self.bytes.resize(start + CHUNK_BYTES, 0);
-        let read = rustix::io::read(&self.fd, &mut self.bytes[start..]);
+        let read = self.stream.read(&mut self.bytes[start..]);
         self.bytes.truncate(start + *read.as_ref().unwrap_or(&0));
         read
     }
@@ -110,6 +110,6 @@ impl Transfer {
 
 impl AsFd for Transfer {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.fd.as_fd()
+        self.stream.as_fd()
     }
 }

@@ -1,9 +1,17 @@
 //! Descriptors that the front end chose and that this process will use for as long as a queue runs.
+//!
+//! `O_NONBLOCK` belongs to the open file, which the front end shares and could clear again. So a pipe is opened once
+//! more, as a file of our own, and sockets are used with the non-blocking flag of each call. Of an eventfd there is
+//! only the one file.
 
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use reactor::WatchError;
-use rustix::fs::{FileType, Mode, OFlags, fstat, open};
+use rustix::fs::{FileType, Mode, OFlags, fcntl_getfl, fcntl_setfl, fstat, open};
+use rustix::io::Errno;
+use rustix::net::{RecvFlags, SocketType, recv, sockopt};
+
+use crate::wire::send;
 
 /// Why a descriptor was refused.
 #[derive(Debug, thiserror::Error)]
@@ -11,9 +19,12 @@ pub enum PeerFdError {
     /// Not an eventfd, pipe or socket.
     #[error(transparent)]
     Kind(#[from] WatchError),
+    /// An eventfd, say, where bytes are to flow.
+    #[error("not a pipe or stream socket")]
+    NotAStream,
     /// The system refused.
     #[error("cannot use the descriptor: {0}")]
-    System(#[from] rustix::io::Errno),
+    System(#[from] Errno),
 }
 
 /// Checks a descriptor that is waited on.
@@ -22,28 +33,71 @@ pub(crate) fn to_wait_on(fd: OwnedFd) -> Result<OwnedFd, PeerFdError> {
     Ok(fd)
 }
 
-/// Checks a descriptor that is written to, and makes sure that writing does not block.
-///
-/// `O_NONBLOCK` belongs to the open file, which the front end shares and could clear again. So a pipe is opened once
-/// more, as a file of our own. (Sockets are non-blocking by the flags of each call. Of an eventfd there is only the
-/// one file; writing to it blocks if the front end fills it to the brim, which serves nobody.)
-pub(crate) fn to_write_to(fd: OwnedFd) -> Result<OwnedFd, PeerFdError> {
+/// Checks a descriptor that announces something by being written to.
+pub(crate) fn to_signal(fd: OwnedFd) -> Result<OwnedFd, PeerFdError> {
     reactor::check_peer_fd(fd.as_fd())?;
-    reopen_pipe(fd, OFlags::WRONLY)
+    match kind(&fd)? {
+        FileType::Fifo => Ok(own_pipe(fd, OFlags::WRONLY)?),
+        _ => Ok(fd),
+    }
 }
 
-/// Replaces a pipe by a non-blocking file of our own; anything else is made non-blocking as far as it goes.
-pub(crate) fn reopen_pipe(fd: OwnedFd, access: OFlags) -> Result<OwnedFd, PeerFdError> {
-    // `check_peer_fd` has made sure that this asks no file system.
-    if FileType::from_raw_mode(fstat(&fd)?.st_mode) == FileType::Fifo {
-        let path = format!("/proc/self/fd/{}", fd.as_raw_fd());
-        let flags = access | OFlags::NONBLOCK | OFlags::CLOEXEC;
-        if let Ok(own) = open(&*path, flags, Mode::empty()) {
-            return Ok(own);
+/// A pipe or stream socket of the front end's. No operation on it blocks.
+pub(crate) struct Stream {
+    fd: OwnedFd,
+    is_socket: bool,
+}
+
+impl Stream {
+    /// Checks a descriptor on which bytes are to flow; `access` is what is done with it if it is a pipe.
+    pub(crate) fn new(fd: OwnedFd, access: OFlags) -> Result<Self, PeerFdError> {
+        reactor::check_peer_fd(fd.as_fd())?;
+        match kind(&fd)? {
+            FileType::Fifo => Ok(Self { fd: own_pipe(fd, access)?, is_socket: false }),
+            FileType::Socket if sockopt::socket_type(&fd)? == SocketType::STREAM => {
+                Ok(Self { fd, is_socket: true })
+            }
+            _ => Err(PeerFdError::NotAStream),
         }
     }
-    // Not a pipe, or no /proc: the flag of the shared file.
-    let flags = rustix::fs::fcntl_getfl(&fd)?;
-    rustix::fs::fcntl_setfl(&fd, flags | OFlags::NONBLOCK)?;
+
+    /// Whether descriptors can be sent along.
+    pub(crate) fn is_socket(&self) -> bool {
+        self.is_socket
+    }
+
+    /// Writes what there is room for. A descriptor goes with the first byte, on a socket.
+    pub(crate) fn write(&self, bytes: &[u8], fd: Option<BorrowedFd<'_>>) -> Result<usize, Errno> {
+        if self.is_socket { send(self.as_fd(), bytes, fd) } else { rustix::io::write(&self.fd, bytes) }
+    }
+
+    /// Reads what there is; 0 at the end.
+    pub(crate) fn read(&self, to: &mut [u8]) -> Result<usize, Errno> {
+        if self.is_socket {
+            Ok(recv(&self.fd, to, RecvFlags::DONTWAIT)?.0)
+        } else {
+            rustix::io::read(&self.fd, to)
+        }
+    }
+}
+
+impl AsFd for Stream {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+/// What a descriptor is. `check_peer_fd` has made sure that this asks no file system of the front end's.
+fn kind(fd: &OwnedFd) -> Result<FileType, Errno> {
+    Ok(FileType::from_raw_mode(fstat(fd)?.st_mode))
+}
+
+fn own_pipe(fd: OwnedFd, access: OFlags) -> Result<OwnedFd, Errno> {
+    let path = format!("/proc/self/fd/{}", fd.as_raw_fd());
+    if let Ok(own) = open(&*path, access | OFlags::NONBLOCK | OFlags::CLOEXEC, Mode::empty()) {
+        return Ok(own);
+    }
+    // Of another user, or no /proc: the flag of the shared file has to do.
+    fcntl_setfl(&fd, fcntl_getfl(&fd)? | OFlags::NONBLOCK)?;
     Ok(fd)
 }

@@ -394,3 +394,114 @@ fn inflight(body: &[u8]) -> Parsed<InflightInfo> {
         queue_size: info.queue_size,
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::collection::vec;
+    use proptest::prelude::*;
+    use rustix::event::{EventfdFlags, eventfd};
+
+    use super::*;
+
+    fn message(request: u32, body: Vec<u8>, fds: usize) -> Message {
+        let fd = || eventfd(0, EventfdFlags::CLOEXEC).unwrap();
+        Message { request, need_reply: false, body, fds: (0..fds).map(|_| fd()).collect() }
+    }
+
+    fn longs(longs: &[u64]) -> Vec<u8> {
+        longs.iter().flat_map(|long| long.to_ne_bytes()).collect()
+    }
+
+    fn kind(request: FrontendReq, body: Vec<u8>, fds: usize) -> RequestErrorKind {
+        Request::parse(message(request.into(), body, fds)).expect_err("refused").kind
+    }
+
+    #[test]
+    fn every_request_says_what_it_lacks() {
+        use FrontendReq as R;
+        use RequestErrorKind as K;
+        let region = longs(&[0, 0x1000, 0x2000, 0x3000, 0]);
+        let cases = [
+            (R::SET_FEATURES, vec![0; 7], 0, K::Short { have: 7, need: 8 }),
+            (R::SET_FEATURES, vec![0; 8], 1, K::Fds { have: 1, need: 0 }),
+            (R::SET_VRING_ADDR, vec![0; 39], 0, K::Short { have: 39, need: 40 }),
+            (R::SET_VRING_KICK, longs(&[0]), 0, K::Fds { have: 0, need: 1 }),
+            (R::SET_VRING_KICK, longs(&[0x100]), 1, K::Fds { have: 1, need: 0 }),
+            (R::SET_VRING_CALL, longs(&[0]), 2, K::Fds { have: 2, need: 1 }),
+            (R::SET_BACKEND_REQ_FD, vec![], 0, K::Fds { have: 0, need: 1 }),
+            (R::SET_MEM_TABLE, longs(&[1]), 1, K::Short { have: 8, need: 40 }),
+            (R::SET_MEM_TABLE, longs(&[2]), 1, K::Fds { have: 1, need: 2 }),
+            (R::ADD_MEM_REG, region.clone(), 0, K::Fds { have: 0, need: 1 }),
+            (R::REM_MEM_REG, region, 2, K::Fds { have: 2, need: 0 }),
+            (R::GET_CONFIG, vec![0; 11], 0, K::Short { have: 11, need: 12 }),
+            (R::GET_INFLIGHT_FD, vec![0; 19], 0, K::Short { have: 19, need: 20 }),
+            (R::SEND_RARP, longs(&[0]), 0, K::Unknown),
+            (R::IOTLB_MSG, vec![0; 32], 0, K::Unknown),
+        ];
+        for (request, body, fds, expected) in cases {
+            assert_eq!(kind(request, body, fds), expected, "{request:?}");
+        }
+        assert_eq!(Request::parse(message(0, vec![], 0)).unwrap_err().kind, K::Unknown);
+        assert_eq!(Request::parse(message(u32::MAX, vec![], 0)).unwrap_err().kind, K::Unknown);
+    }
+
+    #[test]
+    fn values_out_of_range_are_named() {
+        use FrontendReq as R;
+        let vring =
+            |index: u32, num: u32| [index, num].iter().flat_map(|w| w.to_ne_bytes()).collect::<Vec<u8>>();
+        let config = |offset: u32, size: u32, flags: u32| {
+            let header = [offset, size, flags].into_iter().flat_map(|w| w.to_ne_bytes());
+            header.chain([0; 16]).collect::<Vec<u8>>()
+        };
+        let cases = [
+            (R::SET_VRING_NUM, vring(0, 0), "ring size"),
+            (R::SET_VRING_NUM, vring(0, 32769), "ring size"),
+            (R::SET_VRING_NUM, vring(65536, 4), "ring index"),
+            (R::SET_VRING_ENABLE, vring(0, 2), "enable"),
+            (R::SET_VRING_KICK, longs(&[0x200]), "ring index and flags"),
+            (R::SET_STATUS, longs(&[0x100]), "status"),
+            (R::GET_CONFIG, config(0, 0, 0), "end of the configuration access"),
+            (R::GET_CONFIG, config(4000, 97, 0), "end of the configuration access"),
+            (R::GET_CONFIG, config(u32::MAX, u32::MAX, 0), "end of the configuration access"),
+            (R::SET_CONFIG, config(0, 4, 2), "configuration flags"),
+            (R::GET_INFLIGHT_FD, vec![0; 24], "number of queues"),
+            (R::ADD_MEM_REG, longs(&[0, 0, 0, 0, 0]), "region size"),
+            (R::ADD_MEM_REG, longs(&[0, u64::MAX, 1, 0, 0]), "region size"),
+            (R::ADD_MEM_REG, longs(&[0, 0, 1, u64::MAX, 0]), "region size"),
+            (R::ADD_MEM_REG, longs(&[0, 0, 1, 0, u64::MAX]), "region size"),
+            (R::SET_DEVICE_STATE_FD, vring(2, 0), "direction"),
+            (R::SET_DEVICE_STATE_FD, vring(0, 1), "phase"),
+        ];
+        for (request, body, name) in cases {
+            let fds = usize::from(matches!(request, R::ADD_MEM_REG | R::SET_DEVICE_STATE_FD));
+            let RequestErrorKind::Value { field, .. } = kind(request, body, fds) else {
+                panic!("{request:?}: a value out of range")
+            };
+            assert_eq!(field, name, "{request:?}");
+        }
+        let too_many = kind(R::SET_MEM_TABLE, longs(&[65]), 0);
+        assert!(matches!(too_many, RequestErrorKind::Value { field: "number of regions", .. }));
+    }
+
+    #[test]
+    fn a_body_may_be_a_whole_union() {
+        // User-Mode Linux: room for two regions, one used.
+        let body = longs(&[1, 0x1000, 0x2000, 0x3000, 0, 0, 0, 0, 0]);
+        let request = Request::parse(message(FrontendReq::SET_MEM_TABLE.into(), body, 1)).unwrap();
+        let Request::SetMemTable(regions) = request else { panic!("a memory table") };
+        assert_eq!(regions.len(), 1);
+        assert_eq!(regions[0].0, RegionInfo { guest: 0x1000, len: 0x2000, user: 0x3000, offset: 0 });
+    }
+
+    proptest! {
+        #[test]
+        fn nothing_makes_it_panic(
+            code in prop_oneof![0u32..50, any::<u32>()],
+            body in prop_oneof![vec(any::<u8>(), 0..200), vec(0u8..3, 0..200)],
+            fds in 0usize..4,
+        ) {
+            let _ = Request::parse(message(code, body, fds));
+        }
+    }
+}

@@ -17,7 +17,7 @@ use virtio::{QueueCounters, QueueSet};
 
 use crate::bell::Bell;
 use crate::listener::{ListenError, Listener};
-use crate::session::{Session, SessionError, SessionOptions, lock};
+use crate::session::{Reply, Session, SessionError, SessionOptions, lock};
 use crate::wire::{Connection, Received, WireError};
 
 /// How long no front end is accepted after the system refused to (it is out of descriptors).
@@ -211,7 +211,8 @@ impl Server {
                 session.config_changed();
             }
             active = active.and_then(|active| self.step(active));
-            if ready.listener {
+            // While the front end that leaves is seen off, the next one waits.
+            if ready.listener && (active.is_none() || !ready.hung_up) {
                 match self.listener.accept() {
                     Ok(Some(stream)) if active.is_some() => self.refuse(&stream),
                     Ok(Some(stream)) => active = Some(self.begin(stream)),
@@ -266,7 +267,9 @@ impl Server {
             }
         }
         let is_ready = |at: usize| !fds[at].revents().is_empty();
-        Ok(Ready { shutdown: is_ready(0), bell: is_ready(1), listener: is_ready(2) })
+        // Looked at after the listener: of a front end that closes and connects again, both are seen.
+        let hung_up = fds.get(3).is_some_and(|connection| connection.revents().contains(PollFlags::HUP));
+        Ok(Ready { shutdown: is_ready(0), bell: is_ready(1), listener: is_ready(2), hung_up })
     }
 
     fn begin(&self, stream: UnixStream) -> Active {
@@ -289,19 +292,13 @@ impl Server {
 
     /// Does what there is to do for the front end; None if that was the end of it.
     fn step(&self, mut active: Active) -> Option<Active> {
-        match active.step() {
-            Ok(Step::Idle) => {}
-            Ok(Step::Message) => self.publish(&active.session),
-            Ok(Step::End) => {
-                self.end(active, None);
-                return None;
-            }
-            Err(error) => {
-                self.end(active, Some(error.to_string()));
-                return None;
-            }
-        }
-        Some(active)
+        let error = match active.step(|session| self.publish(session)) {
+            Ok(Step::GoOn) => return Some(active),
+            Ok(Step::End) => None,
+            Err(error) => Some(error.to_string()),
+        };
+        self.end(active, error);
+        None
     }
 
     fn end(&self, active: Active, error: Option<String>) {
@@ -346,6 +343,8 @@ struct Ready {
     shutdown: bool,
     bell: bool,
     listener: bool,
+    /// The front end has closed its connection, and may have left messages in it.
+    hung_up: bool,
 }
 
 /// A front end and what it has set up.
@@ -356,8 +355,7 @@ struct Active {
 }
 
 enum Step {
-    Idle,
-    Message,
+    GoOn,
     End,
 }
 
@@ -370,22 +368,23 @@ enum StepError {
 }
 
 impl Active {
-    fn step(&mut self) -> Result<Step, StepError> {
+    /// Takes in what has come, and answers after `publish`: whoever has the answer finds the status as it says.
+    fn step(&mut self, publish: impl FnOnce(&Session)) -> Result<Step, StepError> {
         self.session.advance_transfer();
-        let step = match self.connection.receive()? {
+        match self.connection.receive()? {
             Received::End => return Ok(Step::End),
-            Received::Nothing => Step::Idle,
+            Received::Nothing => {}
             Received::Message(message) => {
                 let request = message.request;
-                if let Some(reply) = self.session.handle(message)? {
-                    let fd = reply.fd.as_ref().map(AsFd::as_fd);
-                    self.connection.reply(request, &reply.body, fd)?;
+                let reply = self.session.handle(message)?;
+                publish(&self.session);
+                if let Some(Reply { body, fd }) = reply {
+                    self.connection.reply(request, &body, fd.as_ref().map(AsFd::as_fd))?;
                 }
-                Step::Message
             }
-        };
+        }
         self.session.flush();
-        Ok(step)
+        Ok(Step::GoOn)
     }
 }
 

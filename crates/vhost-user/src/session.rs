@@ -802,7 +802,7 @@ fn has_own_reply(code: u32) -> bool {
 /// A descriptor that announces something by being written to.
 fn writable(index: u16, what: &'static str, fd: OwnedFd) -> Applied<Arc<dyn Call>> {
     let refused = |source| SessionError::Descriptor { index, what, source };
-    let fd = peer_fd::to_write_to(fd).map_err(refused)?;
+    let fd = peer_fd::to_signal(fd).map_err(refused)?;
     let call = EventFdCall::new(fd).map_err(|source| SessionError::System { what, source })?;
     Ok(Arc::new(call))
 }

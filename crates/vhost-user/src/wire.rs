@@ -93,6 +93,7 @@ pub(crate) struct Connection {
     fds: Vec<OwnedFd>,
     /// When the message that is coming in must be whole.
     deadline: Option<Instant>,
+    patience: Duration,
 }
 
 impl Connection {
@@ -103,6 +104,7 @@ impl Connection {
             have: 0,
             fds: Vec::new(),
             deadline: None,
+            patience: MESSAGE_DEADLINE,
         }
     }
 
@@ -146,7 +148,7 @@ impl Connection {
         body: &[u8],
         fd: Option<BorrowedFd<'_>>,
     ) -> Result<(), WireError> {
-        let deadline = Instant::now() + MESSAGE_DEADLINE;
+        let deadline = Instant::now() + self.patience;
         let message = encode(request, VERSION | REPLY, body);
         let (mut sent, mut fd) = (0, fd);
         while sent < message.len() {
@@ -198,7 +200,8 @@ impl Connection {
         }
         if received.bytes > 0 {
             self.have += received.bytes;
-            self.deadline.get_or_insert_with(|| Instant::now() + MESSAGE_DEADLINE);
+            let patience = self.patience;
+            self.deadline.get_or_insert_with(|| Instant::now() + patience);
         }
         Ok(received.bytes)
     }
@@ -258,4 +261,118 @@ pub(crate) fn send(socket: BorrowedFd<'_>, bytes: &[u8], fd: Option<BorrowedFd<'
         control.push(SendAncillaryMessage::ScmRights(fd.as_slice()));
     }
     sendmsg(socket, &[IoSlice::new(bytes)], &mut control, SendFlags::DONTWAIT | SendFlags::NOSIGNAL)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+
+    use super::*;
+
+    fn pair() -> (UnixStream, Connection) {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        (theirs, Connection::new(ours))
+    }
+
+    fn request(flags: u32, body: &[u8]) -> Vec<u8> {
+        encode(7, flags, body)
+    }
+
+    #[test]
+    fn a_message_may_come_byte_by_byte() {
+        let (mut peer, mut connection) = pair();
+        let bytes = request(VERSION | NEED_REPLY, b"body");
+        for &byte in &bytes[..bytes.len() - 1] {
+            peer.write_all(&[byte]).unwrap();
+            assert!(matches!(connection.receive(), Ok(Received::Nothing)));
+            assert!(connection.deadline().is_some());
+        }
+        peer.write_all(&bytes[bytes.len() - 1..]).unwrap();
+        let Ok(Received::Message(message)) = connection.receive() else { panic!("a whole message") };
+        assert_eq!((message.request, message.need_reply, &*message.body), (7, true, &b"body"[..]));
+        assert!(connection.deadline().is_none());
+    }
+
+    #[test]
+    fn descriptors_stay_with_their_message() {
+        let (peer, mut connection) = pair();
+        let file = rustix::event::eventfd(0, rustix::event::EventfdFlags::CLOEXEC).unwrap();
+        for fds in [0, 1, 1, 0] {
+            let fd = (fds == 1).then_some(file.as_fd());
+            send(peer.as_fd(), &request(VERSION, &[0; 100]), fd).unwrap();
+        }
+        for fds in [0, 1, 1, 0] {
+            let Ok(Received::Message(message)) = connection.receive() else { panic!("a whole message") };
+            assert_eq!(message.fds.len(), fds);
+        }
+        drop(peer);
+        assert!(matches!(connection.receive(), Ok(Received::End)));
+    }
+
+    #[test]
+    fn half_a_message_ends_the_connection_at_its_deadline_or_with_the_peer() {
+        let (mut peer, mut connection) = pair();
+        connection.patience = Duration::ZERO;
+        peer.write_all(&request(VERSION, b"body")[..14]).unwrap();
+        assert!(matches!(connection.receive(), Err(WireError::Unfinished)));
+
+        let (mut peer, mut connection) = pair();
+        peer.write_all(&request(VERSION, b"body")[..14]).unwrap();
+        drop(peer);
+        assert!(matches!(connection.receive(), Err(WireError::Truncated(14))));
+    }
+
+    #[test]
+    fn a_peer_that_does_not_read_is_not_waited_for() {
+        let (peer, mut connection) = pair();
+        connection.patience = Duration::ZERO;
+        let error = (0..100_000).find_map(|_| connection.reply(1, &[0; 4096], None).err());
+        assert!(matches!(error, Some(WireError::NotRead)), "{error:?}");
+        drop(peer);
+    }
+
+    #[test]
+    fn headers_are_checked_before_they_are_believed() {
+        for flags in [0, 2, 3, VERSION | REPLY] {
+            let (mut peer, mut connection) = pair();
+            peer.write_all(&request(flags, &[])).unwrap();
+            assert!(matches!(connection.receive(), Err(WireError::BadFlags(found)) if found == flags));
+        }
+        let (mut peer, mut connection) = pair();
+        for word in [1, VERSION, u32::MAX] {
+            peer.write_all(&word.to_ne_bytes()).unwrap();
+        }
+        assert!(matches!(connection.receive(), Err(WireError::TooLong { size: u32::MAX, .. })));
+    }
+
+    #[test]
+    fn too_many_descriptors_are_an_error_and_are_closed() {
+        let (peer, mut connection) = pair();
+        let mut pipe = rustix::pipe::pipe().unwrap();
+        let fds = vec![pipe.1.as_fd(); FDS_MAX + 1];
+        let mut space = vec![MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS_MAX + 1))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        assert!(control.push(SendAncillaryMessage::ScmRights(&fds)));
+        let bytes = request(VERSION, &[]);
+        sendmsg(&peer, &[IoSlice::new(&bytes)], &mut control, SendFlags::empty()).unwrap();
+        assert!(matches!(connection.receive(), Err(WireError::TooManyFds)));
+        drop((connection, fds));
+        // With every copy of the writing end closed, the pipe ends.
+        let (read, write) = (&mut pipe.0, pipe.1);
+        drop(write);
+        let mut file = std::fs::File::from(read.try_clone().unwrap());
+        assert_eq!(file.read(&mut [0]).unwrap(), 0);
+    }
+
+    #[test]
+    fn a_reply_carries_its_descriptor() {
+        let (peer, connection) = pair();
+        let file = rustix::event::eventfd(0, rustix::event::EventfdFlags::CLOEXEC).unwrap();
+        connection.reply(5, b"answer", Some(file.as_fd())).unwrap();
+        // The reply flag is what the receiver of requests refuses, so the other end is read by hand.
+        let mut other = Connection::new(peer);
+        assert_eq!(other.read_until(HEADER_BYTES + 6).unwrap(), HEADER_BYTES + 6);
+        assert_eq!(&other.bytes[HEADER_BYTES..HEADER_BYTES + 6], b"answer");
+        assert_eq!(other.fds.len(), 1);
+    }
 }

@@ -51,7 +51,7 @@ impl Guest {
     }
 
     /// The same for a message made by hand.
-    fn raw_table(&self) -> Vec<VhostUserMemoryRegion> {
+    pub(crate) fn raw_table(&self) -> Vec<VhostUserMemoryRegion> {
         let region = |r: &VhostUserMemoryRegionInfo| {
             VhostUserMemoryRegion::new(r.guest_phys_addr, r.memory_size, r.userspace_addr, r.mmap_offset)
         };

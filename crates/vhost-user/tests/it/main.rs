@@ -1,10 +1,16 @@
 //! Whole sessions: a server with its control thread and I/O threads on one side, an independent implementation of the
-//! front end on the other.
+//! front end on the other, or one that says what no front end should.
 
-#![allow(dead_code)]
-#![allow(clippy::unwrap_used, reason = "this is test code: a failure is the test's")]
+#![allow(clippy::unwrap_used)]
 
 mod bring_up;
+mod channel;
 mod device;
 mod guest;
 mod host;
+mod hostile;
+mod listener;
+mod memory;
+mod migration;
+mod negotiation;
+mod raw;
