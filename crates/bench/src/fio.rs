@@ -29,7 +29,10 @@ pub(crate) fn placeholders(case: &Case, warmup_ms: u64, measure_ms: u64) -> Vec<
     ]
 }
 
-/// Runs fio and reads its figures. Its rate is a mean; it reports no windows.
+/// What fio calls the log of its rate if its command says `--write_iops_log={dir}/fio`.
+const RATE_LOG: &str = "fio_iops.1.log";
+
+/// Runs fio and reads its figures.
 pub(crate) fn measure(
     command: &[String],
     case: &Case,
@@ -48,7 +51,10 @@ pub(crate) fn measure(
     let json = output.find('{').map(|at| &output[at..]).context("fio printed no JSON")?;
     // fio may add lines after its JSON; the first value is what counts.
     let value = serde_json::Deserializer::from_str(json).into_iter().next().context("fio printed no JSON")?;
-    figures(&value.context("fio's JSON")?, case.op).map(Outcome::Measured)
+    let mut figures = figures(&value.context("fio's JSON")?, case.op)?;
+    let log = std::fs::read_to_string(dir.join(RATE_LOG)).unwrap_or_default();
+    figures.iops_p90 = rate_quantile(&log, 0.9);
+    Ok(Outcome::Measured(figures))
 }
 
 fn figures(report: &Value, op: Op) -> Result<Measurement> {
@@ -70,6 +76,27 @@ fn figures(report: &Value, op: Op) -> Result<Measurement> {
     })
 }
 
+/// The rate that a fraction of the time does not exceed. The log has a line `ms, rate, …` for each window; one that
+/// covers several milliseconds counts as many times.
+fn rate_quantile(log: &str, fraction: f64) -> Option<f64> {
+    let mut windows = Vec::new();
+    let mut last_ms = None;
+    for line in log.lines() {
+        let mut fields = line.split(',').map(str::trim);
+        let (ms, rate): (u64, f64) = (fields.next()?.parse().ok()?, fields.next()?.parse().ok()?);
+        windows.push((rate, last_ms.map_or(1, |last| ms.saturating_sub(last))));
+        last_ms = Some(ms);
+    }
+    windows.sort_by(|(a, _), (b, _)| a.total_cmp(b));
+    let total: u64 = windows.iter().map(|(_, ms)| ms).sum();
+    let rank = ((total as f64 * fraction).ceil() as u64).max(1);
+    let mut seen = 0;
+    windows.into_iter().find_map(|(rate, ms)| {
+        seen += ms;
+        (seen >= rank).then_some(rate)
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -86,5 +113,15 @@ mod tests {
         assert_eq!((read.iops_mean, read.p50_us, read.server_cores), (Some(1234.5), Some(60.0), Some(0.25)));
         assert_eq!(read.iops(), Some(1234.5), "without windows the mean is shown");
         assert!(figures(&serde_json::json!({}), Op::Read).is_err());
+    }
+
+    #[test]
+    fn long_windows_count_for_as_long_as_they_last() {
+        let log = "100, 10, 0, 0, 0\n108, 20, 0, 0, 0\n109, 30, 0, 0, 0\n";
+        assert_eq!(rate_quantile(log, 0.5), Some(20.0));
+        assert_eq!(rate_quantile(log, 0.9), Some(20.0));
+        assert_eq!(rate_quantile(log, 1.0), Some(30.0));
+        assert_eq!(rate_quantile("", 0.9), None);
+        assert_eq!(rate_quantile("no, log", 0.9), None);
     }
 }

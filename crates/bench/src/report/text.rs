@@ -128,9 +128,10 @@ fn compact(summary: &Summary) -> String {
 }
 
 fn preamble(report: &Report) -> String {
-    let versions = report.peers.iter().map(|(name, version)| match version.is_empty() {
-        true => name.clone(),
-        false => format!("{name} ({version})"),
+    let versions = report.peers.iter().map(|(name, version)| match version.as_str() {
+        "" => name.clone(),
+        version if version.contains(name.as_str()) => version.to_owned(),
+        version => format!("{name} ({version})"),
     });
     format!(
         "{}: {}\n{} repetitions; {}\nServers: {}\nIOPS is the 90th percentile of 1-ms windows (the mean where there are none).\n",
