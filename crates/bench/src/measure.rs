@@ -210,15 +210,18 @@ impl Client<'_> {
 
         let requests = load.requests();
         let share = |ns: u64| ns as f64 / (cpu_to_ns - cpu_from_ns).max(1) as f64;
-        let waited = (after.waited_ns - before.waited_ns).max(own_after.waited_ns - own_before.waited_ns);
+        let ran = share(after.ran_ns - before.ran_ns);
+        // Threads of a server also wait for each other; other processes had at most what the server did not use.
+        let server_waited = share(after.waited_ns - before.waited_ns).min((1.0 - ran).max(0.0));
+        let waited = server_waited.max(share(own_after.waited_ns - own_before.waited_ns));
         let per_request = |count: u64| count as f64 / requests.max(1) as f64;
         let quantile_us = |fraction| load.latency.quantile(fraction).map(|ns| ns / 1e3);
         Ok(Measurement {
             requests,
             iops_mean: Some(requests as f64 * 1e9 / (to_ns - from_ns).max(1) as f64),
             iops_p90: load.windows.quantile(0.9, to_ns),
-            server_cores: Some(share(after.ran_ns - before.ran_ns)),
-            waited_for_cpu: Some(share(waited)),
+            server_cores: Some(ran),
+            waited_for_cpu: Some(waited),
             p50_us: quantile_us(0.5),
             p99_us: quantile_us(0.99),
             p999_us: quantile_us(0.999),

@@ -1,4 +1,5 @@
 use std::io::Write;
+use std::time::Instant;
 
 use super::*;
 use crate::backend::Storage;
@@ -31,11 +32,18 @@ fn run(installed: &Installed, case: &Case) -> Result<Outcome> {
     measure(installed, case, &target, &settings, true)
 }
 
+/// Again and again until the machine finds time for a request within the 20 ms.
 fn measured(installed: &Installed, case: &Case) -> Measurement {
-    match run(installed, case) {
-        Ok(Outcome::Measured(measurement)) => measurement,
-        Ok(Outcome::Skipped(reason)) => panic!("{case} was skipped: {reason}"),
-        Err(error) => panic!("{case}: {error:#}"),
+    let deadline = Instant::now() + Duration::from_secs(30);
+    loop {
+        match run(installed, case) {
+            Ok(Outcome::Measured(figures)) if figures.requests > 0 || figures.idle.is_some() => {
+                return figures;
+            }
+            Ok(Outcome::Measured(_)) => assert!(Instant::now() < deadline, "{case}: not one request"),
+            Ok(Outcome::Skipped(reason)) => panic!("{case} was skipped: {reason}"),
+            Err(error) => panic!("{case}: {error:#}"),
+        }
     }
 }
 
@@ -58,7 +66,7 @@ fn the_bare_server_answers_every_kind_of_ring_and_client() {
     assert_eq!(direct.len(), 32);
     for case in direct.iter().chain(&indirect) {
         let figures = measured(&bare(), case);
-        assert!(figures.requests > 0 && figures.p50_us.is_some(), "{case}");
+        assert!(figures.p50_us.is_some(), "{case}");
         assert_eq!(figures.kicks_per_request, Some(0.0), "{case}: it polls");
         let calls = figures.calls_per_request.unwrap();
         assert!(
@@ -102,7 +110,7 @@ fn a_real_server_is_driven_and_its_data_verified() {
     ) {
         let figures = measured(&daemon, &case);
         assert_eq!(figures.verified, Verified::Bytes(1 << 20), "{case}");
-        assert!(figures.requests > 0 && figures.server_cores.is_some(), "{case}");
+        assert!(figures.server_cores.is_some(), "{case}");
     }
     let idle = measured(&daemon, &cases("backend = \"null\"\nop = \"idle\"\nclient = \"event\"")[0]);
     assert!(idle.idle.unwrap().own_memory_kib.unwrap() > 0);
