@@ -19,10 +19,12 @@ mod follow;
 mod prefetch;
 pub mod rate;
 mod request;
+pub mod spec;
 mod stats;
 mod worker;
 
 pub use backend::{Backend, BackendError, Channel, Done, Geometry, Op, OpKind, Status};
 pub use device::{Blk, Options, OptionsError};
 pub use rate::RateLimit;
+pub use spec::{Spec, SpecError};
 pub use stats::Counters;

@@ -9,13 +9,14 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use blk::backends::{memory, null::Null};
 use blk::config::features;
-use blk::{Blk, Options, RateLimit};
+use blk::{Backend, BackendError, Blk, Channel, Done, Geometry, Op, OpKind, Options, RateLimit, Status};
 use fake::{
     BUDGET, DISCARD, FLUSH, GET_ID, IN, IO_ERROR, OK, OUT, Rig, Ring, SECURE_ERASE, UNSUPPORTED,
     WRITE_ZEROES, header, pattern, range,
 };
 use reactor::Ticks;
 use virtio::Device;
+use virtio::ring::Chains;
 
 const MIB: u64 = 1 << 20;
 const SECTORS: u64 = 16 * MIB / 512;
@@ -268,6 +269,120 @@ fn limits_hold_back_requests_and_say_until_when() {
     disk.set_rate_limit(RateLimit::NONE);
     assert_eq!(rig.poller.poll(Ticks(u64::MAX), BUDGET).wake_at, None);
     assert!(disk.counters().throttled > 0);
+}
+
+/// Keeps a record of what reaches storage.
+struct Recorder(Arc<std::sync::Mutex<Vec<OpKind>>>);
+
+impl Backend for Recorder {
+    fn geometry(&self) -> Geometry {
+        Geometry { flush: true, write_zeroes: true, ..Geometry::new(MIB) }
+    }
+
+    fn channel(&self, _: &Arc<virtio::Memory>, _: u16) -> Result<Box<dyn Channel>, BackendError> {
+        Ok(Box::new(Self(self.0.clone())))
+    }
+
+    fn resize(&self, _: Option<u64>) -> Result<Geometry, BackendError> {
+        Ok(self.geometry())
+    }
+}
+
+impl Channel for Recorder {
+    // Takes one operation at a time, and fails writes of the last sector.
+    fn submit(&mut self, ops: &mut Vec<Op>, _: &Chains, done: &mut Vec<Done>) {
+        let op = ops.remove(0);
+        self.0.lock().unwrap().push(op.kind);
+        let bad = op.kind == OpKind::Write && op.offset == MIB - 512;
+        done.push(Done { token: op.token, status: if bad { Status::IoError } else { Status::Ok } });
+    }
+
+    fn reap(&mut self, _: &Chains, _: &mut Vec<Done>) {}
+
+    fn in_flight(&self) -> usize {
+        0
+    }
+}
+
+#[test]
+fn a_write_is_flushed_where_the_driver_counts_on_it() {
+    let (with_flush, with_wce) = (features::FLUSH, features::FLUSH | features::CONFIG_WCE);
+    // Features, what the driver writes to the cache mode, whether writes are flushed.
+    for (features, mode, flushed) in [
+        (with_flush, None, false),
+        (with_wce, None, false),
+        (with_wce, Some(1), false),
+        (with_wce, Some(0), true),
+        (0, None, true),
+        (features::CONFIG_WCE, None, true),
+    ] {
+        let record = Arc::default();
+        let disk = Arc::new(Blk::new(Arc::new(Recorder(Arc::clone(&record))), Options::default()).unwrap());
+        if let Some(mode) = mode {
+            disk.write_config(32, &[mode]).unwrap();
+        }
+        let mut rig = Rig::with(disk, Ring::SPLIT, features, 0);
+        rig.write(0, &[1; 512]);
+        assert_eq!(rig.status(WRITE_ZEROES, 0, &[range(0, 1, 0), range(4, 1, 0)].concat(), 0), OK);
+        assert_eq!(rig.status(OUT, MIB / 512 - 1, &[1; 512], 0), IO_ERROR);
+        rig.read(0, 512);
+        let zeroes = OpKind::WriteZeroes { unmap: false };
+        let expected = if flushed {
+            vec![OpKind::Write, OpKind::Flush, zeroes, zeroes, OpKind::Flush, OpKind::Write, OpKind::Read]
+        } else {
+            vec![OpKind::Write, zeroes, zeroes, OpKind::Write, OpKind::Read]
+        };
+        assert_eq!(*record.lock().unwrap(), expected, "{features:#x}, {mode:?}");
+    }
+}
+
+#[test]
+fn a_channel_that_takes_little_is_offered_the_rest_again() {
+    let record = Arc::default();
+    let disk = Arc::new(Blk::new(Arc::new(Recorder(Arc::clone(&record))), Options::default()).unwrap());
+    let mut rig = Rig::with(disk, Ring::SPLIT, u64::MAX, 0);
+    let sent: Vec<_> = (0..20).map(|i| rig.send(&[&header(IN, i)], &[512, 1])).collect();
+    rig.turn();
+    assert!(rig.poller.arm(), "nothing in flight would wake the thread for the rest");
+    rig.poller.disarm();
+    for request in sent {
+        assert_eq!(rig.wait(request).status(), OK);
+    }
+    let ranges: Vec<u8> = (0..32).flat_map(|i| range(i, 1, 0)).collect();
+    assert_eq!(rig.status(WRITE_ZEROES, 0, &ranges, 0), OK);
+    assert_eq!(record.lock().unwrap().len(), 52);
+    let left = rig.send(&[&header(IN, 0)], &[512, 1]);
+    let behind = rig.send(&[&header(IN, 0)], &[512, 1]);
+    rig.turn();
+    rig.drain();
+    assert!(rig.wait(left).status() == OK && rig.wait(behind).status() == OK, "drained to the last");
+}
+
+/// Storage that is not there when it is needed.
+struct Broken;
+
+impl Backend for Broken {
+    fn geometry(&self) -> Geometry {
+        Geometry { flush: true, ..Geometry::new(MIB) }
+    }
+
+    fn channel(&self, _: &Arc<virtio::Memory>, _: u16) -> Result<Box<dyn Channel>, BackendError> {
+        Err(BackendError("opening a channel: broken on purpose".into()))
+    }
+
+    fn resize(&self, _: Option<u64>) -> Result<Geometry, BackendError> {
+        Err(BackendError("resizing: broken on purpose".into()))
+    }
+}
+
+#[test]
+fn without_storage_every_request_fails() {
+    let mut rig = Rig::new(Arc::new(Broken), Ring::PACKED);
+    assert_eq!(rig.status(IN, 0, &[], 512), IO_ERROR);
+    assert_eq!(rig.status(OUT, 0, &[1; 512], 0), IO_ERROR);
+    assert_eq!(rig.status(FLUSH, 0, &[], 0), IO_ERROR);
+    assert_eq!(rig.status(GET_ID, 0, &[], 20), OK);
+    assert!(rig.disk.resize(None).is_err());
 }
 
 #[test]

@@ -274,6 +274,14 @@ pub fn borrow<'a>(fd: std::os::fd::RawFd) -> std::os::fd::BorrowedFd<'a> {
     unsafe { std::os::fd::BorrowedFd::borrow_raw(fd) }
 }
 
+/// Makes an empty qcow2 image of the file at `path`.
+pub fn format_qcow2(path: &std::path::Path, bytes: u64) {
+    use imago::{FormatCreateBuilder, Storage, StorageOpenOptions};
+    let options = StorageOpenOptions::new().filename(path).write(true);
+    let file = imago::file::File::open(options).unwrap();
+    imago::qcow2::Qcow2::<imago::file::File>::create_builder(file).size(bytes).create().unwrap();
+}
+
 pub fn header(kind: u32, sector: u64) -> [u8; 16] {
     let mut header = [0; 16];
     header[..4].copy_from_slice(&kind.to_le_bytes());

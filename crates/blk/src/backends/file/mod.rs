@@ -7,7 +7,6 @@
 mod bounce;
 mod fixed;
 mod inline;
-mod lock;
 mod open;
 mod ring;
 mod uring;

@@ -12,8 +12,9 @@ use rustix::fs::{
 use rustix::io::Errno;
 
 use super::bounce::Bounce;
-use super::{Direct, DirectAlign, FileOptions, Kind, Opened, lock};
+use super::{Direct, DirectAlign, FileOptions, Kind, Opened};
 use crate::backend::BackendError;
+use crate::backends::lock;
 
 /// `TMPFS_MAGIC`, linux/magic.h.
 const TMPFS_MAGIC: u64 = 0x0102_1994;

@@ -12,7 +12,7 @@ use std::os::fd::{AsFd, AsRawFd};
 ///
 /// # Errors
 /// `WouldBlock` if somebody else has it.
-pub(super) fn lock(file: impl AsFd, write: bool) -> io::Result<()> {
+pub(crate) fn lock(file: impl AsFd, write: bool) -> io::Result<()> {
     let kind = if write { libc::F_WRLCK } else { libc::F_RDLCK };
     let lock =
         libc::flock { l_type: kind as i16, l_whence: libc::SEEK_SET as i16, l_start: 0, l_len: 0, l_pid: 0 };
