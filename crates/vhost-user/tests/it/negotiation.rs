@@ -215,6 +215,48 @@ fn a_broken_ring_is_reported_in_every_way() {
 }
 
 #[test]
+fn a_front_end_may_poll_and_be_polled() {
+    const NO_FD: u64 = 0x100;
+    let host = Host::with(Echo::new(1), |_| {}, Mode::Poll);
+    let mut raw = Raw::connect(&host.path);
+    raw.negotiate(LOG_ALL | RING_PACKED | virtio::features::IN_ORDER);
+    let mut guest = Guest::new(1, 1 << 20);
+    let mut driver = Driver::new(&mut guest, RingFormat::Split, 16, true);
+    let region = guest.raw_table()[0];
+    let body = longs(&[1, region.guest_phys_addr, region.memory_size, region.user_addr, 0]);
+    raw.send(FrontendReq::SET_MEM_TABLE, 0, &body, &[guest.files[0].as_fd()]);
+    // Kicked before it is described, enabled before it is kicked: any order will do.
+    raw.vring(FrontendReq::SET_VRING_ENABLE, 0, 1);
+    raw.set(FrontendReq::SET_VRING_CALL, NO_FD);
+    raw.set(FrontendReq::SET_VRING_ERR, NO_FD);
+    raw.vring(FrontendReq::SET_VRING_NUM, 0, 16);
+    raw.set(FrontendReq::SET_VRING_KICK, NO_FD);
+    raw.vring(FrontendReq::SET_VRING_BASE, 0, 0);
+    let (desc, used, avail) =
+        (driver.config.desc.0 + USER, driver.config.device.0 + USER, driver.config.driver.0 + USER);
+    raw.send(FrontendReq::SET_VRING_ADDR, 0, &[longs(&[0]), longs(&[desc, used, avail, 0])].concat(), &[]);
+    for i in 0..100u32 {
+        let at = driver.offer(&mut guest, &i.to_le_bytes());
+        eventually("an answer comes", || driver.ring.reap().unwrap().is_some());
+        assert_eq!(guest.read(at, 4), i.to_le_bytes());
+    }
+    assert_eq!(raw.ask(FrontendReq::GET_QUEUE_NUM), Some(1));
+}
+
+#[test]
+fn what_is_said_twice_does_not_disturb_a_running_ring() {
+    let host = Host::new(1);
+    let mut vm = Vm::new(&host, RingFormat::Split, 1);
+    vm.echo(0, b"data");
+    vm.frontend.set_features(vm.features).unwrap();
+    vm.frontend.set_vring_enable(0, true).unwrap();
+    vm.frontend.set_vring_addr(0, &vm.lines[0].driver.addresses()).unwrap();
+    // A queue that had been started again would have counted from 0.
+    assert_eq!(host.handle.status().queues[0].counters.unwrap().requests, 1);
+    vm.echo(0, b"data");
+}
+
+#[test]
 fn in_band_notifications_need_their_means() {
     let host = Host::new(1);
     for means in [Protocol::empty(), Protocol::BACKEND_REQ, Protocol::REPLY_ACK] {
