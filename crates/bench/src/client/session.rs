@@ -23,6 +23,9 @@ use crate::case::{Case, Ring};
 const REPLY_TIMEOUT: Duration = Duration::from_secs(10);
 /// `VIRTIO_BLK_F_MQ` (virtio 1.2, section 5.2.3).
 const BLK_F_MQ: u64 = 1 << 12;
+/// `VIRTIO_BLK_F_FLUSH`: a driver without it must be given stable writes only (section 5.2.6.2), which some servers do
+/// and others do not; with it all of them may cache writes, as for every guest.
+const BLK_F_FLUSH: u64 = 1 << 9;
 /// Bytes of the configuration space up to and including `num_queues`, and where it is (section 5.2.4).
 const CONFIG_BYTES: usize = 36;
 const NUM_QUEUES_AT: usize = 34;
@@ -72,7 +75,7 @@ impl Session {
                 return unsupported(name);
             }
         }
-        features |= offered & (EVENT_IDX | BLK_F_MQ);
+        features |= offered & (EVENT_IDX | BLK_F_MQ | BLK_F_FLUSH);
 
         let protocol = frontend.get_protocol_features().context("GET_PROTOCOL_FEATURES")?;
         let mut wanted = VhostUserProtocolFeatures::CONFIG;

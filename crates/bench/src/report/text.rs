@@ -134,7 +134,7 @@ fn preamble(report: &Report) -> String {
         version => format!("{name} ({version})"),
     });
     format!(
-        "{}: {}\n{} repetitions; {}\nServers: {}\nIOPS is the 90th percentile of 1-ms windows (the mean where there are none).\n",
+        "{}: {}\nrepetitions: {}; {}\nServers: {}\nIOPS is the 90th percentile of 1-ms windows (the mean where there are none).\n",
         report.date,
         report.machine,
         report.repetitions,
