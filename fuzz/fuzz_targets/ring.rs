@@ -1,4 +1,4 @@
-//! Ring contents.
+//! See `fuzz::ring`.
 #![no_main]
 
 libfuzzer_sys::fuzz_target!(|data: &[u8]| fuzz::ring::run(data));

@@ -3,5 +3,8 @@
 //! The functions serve the coverage-guided fuzzer (`fuzz_targets`) and the replay of its corpora by `cargo test`
 //! (`tests/replay.rs`).
 
+pub mod blk;
+pub mod config;
 mod input;
 pub mod ring;
+pub mod vhost_user;

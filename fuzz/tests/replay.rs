@@ -19,3 +19,18 @@ fn replay(target: &str, run: fn(&[u8])) {
 fn ring() {
     replay("ring", fuzz::ring::run);
 }
+
+#[test]
+fn blk() {
+    replay("blk", fuzz::blk::run);
+}
+
+#[test]
+fn vhost_user() {
+    replay("vhost_user", fuzz::vhost_user::run);
+}
+
+#[test]
+fn config() {
+    replay("config", fuzz::config::run);
+}
