@@ -1,11 +1,12 @@
 //! The command line.
 
+use std::num::NonZeroU64;
 use std::path::PathBuf;
 
 use clap::{Parser, Subcommand};
 use clap_complete::Shell;
 
-use crate::options::{BlkOptions, RngOptions, ServiceOptions};
+use crate::options::{BlkOptions, RngOptions, ServiceOptions, parse_count};
 use crate::size::Size;
 
 const EXIT_CODES: &str = "\
@@ -20,7 +21,8 @@ Examples:
     exitless blk --socket /run/vm1-disk.sock --backend file:/srv/vm1.raw --queues 4 --cpus 2-5
 
   A qcow2 image that cannot be written, at most 2000 requests and 100 MiB per second:
-    exitless blk --socket /run/iso.sock --backend qcow2:/srv/iso.qcow2 --read-only --iops 2000 --bandwidth 100M
+    exitless blk --socket /run/iso.sock --backend qcow2:/srv/iso.qcow2 --read-only \\
+        --iops 2000 --bandwidth 100M
 
   A disk that keeps nothing, to measure what a request costs:
     exitless blk --socket /run/null.sock --backend null:8G --poll poll
@@ -61,6 +63,17 @@ Examples:
 A command is one line of JSON on the socket, and so is its answer:
     {\"command\":\"resize\",\"device\":\"vm1-disk\",\"bytes\":17179869184}
     {\"resized\":{\"device\":\"vm1-disk\",\"bytes\":17179869184}}";
+
+const BENCH_EXAMPLES: &str = "\
+Examples:
+    exitless bench blk --quick
+    exitless bench blk --only 'null/*' --json";
+
+const COMPLETIONS_EXAMPLES: &str = "\
+Examples:
+    exitless completions bash > /usr/share/bash-completion/completions/exitless
+    exitless completions zsh > ~/.zfunc/_exitless
+    exitless completions fish > ~/.config/fish/completions/exitless.fish";
 
 /// Virtual disks and other devices for virtual machines, served from dedicated I/O threads without VM exits.
 #[derive(Debug, Parser)]
@@ -117,7 +130,11 @@ pub enum Command {
         #[command(subcommand)]
         command: CtlCommand,
     },
+    /// Measure this program and other servers side by side.
+    #[command(after_help = BENCH_EXAMPLES)]
+    Bench(bench::Args),
     /// Print a script that completes this program's options in a shell.
+    #[command(after_help = COMPLETIONS_EXAMPLES)]
     Completions {
         /// The shell.
         shell: Shell,
@@ -145,8 +162,8 @@ pub enum CtlCommand {
         #[arg(long, value_name = "NAME")]
         device: String,
         /// The most requests per second.
-        #[arg(long, value_name = "COUNT")]
-        iops: Option<std::num::NonZeroU64>,
+        #[arg(long, value_name = "COUNT", value_parser = parse_count::<NonZeroU64>)]
+        iops: Option<NonZeroU64>,
         /// The most bytes per second.
         #[arg(long, value_name = "BYTES")]
         bandwidth: Option<Size>,

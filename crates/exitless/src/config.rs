@@ -69,7 +69,7 @@ impl Config {
     /// The first thing that is wrong with it.
     pub fn parse(file: &Path, text: &str) -> Result<Self, ConfigError> {
         parse(text).map_err(|complaint| {
-            let before = &text[..text.floor_char_boundary(complaint.span.start)];
+            let before = text.get(..complaint.span.start).unwrap_or(text);
             let line_start = before.rfind('\n').map_or(0, |at| at + 1);
             ConfigError {
                 file: file.to_owned(),
@@ -269,13 +269,10 @@ fn reason(error: &clap::Error) -> String {
         _ => None,
     };
     match error.kind() {
-        ErrorKind::InvalidValue => {
-            match (listed(ContextKind::SuggestedValue), listed(ContextKind::ValidValue)) {
-                (Some(meant), Some(allowed)) => format!("did you mean {meant}? Allowed are {allowed}"),
-                (None, Some(allowed)) => format!("allowed are {allowed}"),
-                _ => "it must not be empty".to_owned(),
-            }
-        }
+        ErrorKind::InvalidValue => match listed(ContextKind::ValidValue) {
+            Some(allowed) => format!("allowed are {allowed}"),
+            None => "it must not be empty".to_owned(),
+        },
         ErrorKind::MissingRequiredArgument => {
             let missing = listed(ContextKind::InvalidArg).unwrap_or_default();
             format!("it needs {missing}")

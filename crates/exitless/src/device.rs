@@ -12,7 +12,6 @@ use crate::control::BlkStats;
 use crate::failure::Failure;
 use crate::feature;
 use crate::options::{BlkOptions, DeviceOptions, RngOptions};
-use crate::size::Size;
 
 /// How much of its limits an idle disk may use at once.
 const BURST_MS: u32 = 100;
@@ -103,7 +102,8 @@ pub(crate) fn withheld(options: &DeviceOptions) -> u64 {
 }
 
 fn open_blk(options: &BlkOptions, queues: NonZeroU16) -> Result<Blk, Failure> {
-    let backend = open_backend(&options.backend)?;
+    let backend =
+        options.backend.open(options.read_only).with_context(|| format!("backend `{}`", options.backend))?;
     let presented = blk::Options {
         queues: options.queues.unwrap_or(queues).get(),
         serial: options.serial.clone().unwrap_or_default(),
@@ -113,19 +113,6 @@ fn open_blk(options: &BlkOptions, queues: NonZeroU16) -> Result<Blk, Failure> {
         ..blk::Options::default()
     };
     Blk::new(backend, presented).map_err(Failure::usage)
-}
-
-fn open_backend(spec: &str) -> Result<Arc<dyn blk::Backend>, Failure> {
-    let bytes = |size: &str| {
-        size.parse::<Size>()
-            .map(|size| size.0.get())
-            .with_context(|| format!("backend `{spec}`"))
-            .map_err(Failure::Usage)
-    };
-    match spec.split_once(':') {
-        Some(("null", size)) => Ok(Arc::new(blk::backends::null::Null::new(bytes(size)?))),
-        _ => Err(Failure::Usage(anyhow!("backend `{spec}`: allowed is null:SIZE"))),
-    }
 }
 
 fn rate_limit(iops: Option<NonZeroU64>, bytes_per_s: Option<NonZeroU64>) -> RateLimit {

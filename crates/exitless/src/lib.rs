@@ -60,6 +60,7 @@ fn run(command: Command) -> Result<(), Failure> {
             serve(service.or(config.service), config.devices)
         }
         Command::Ctl { control, json, command } => print(control::run(&control, command, json)?.as_bytes()),
+        Command::Bench(arguments) => Ok(bench::run(arguments)?),
         Command::Completions { shell } => {
             let mut script = Vec::new();
             clap_complete::generate(shell, &mut Cli::command(), "exitless", &mut script);

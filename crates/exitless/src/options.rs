@@ -5,7 +5,9 @@
 
 use std::num::{NonZeroU16, NonZeroU64};
 use std::path::PathBuf;
+use std::str::FromStr;
 
+use blk::Spec;
 use clap::builder::PossibleValuesParser;
 use clap::builder::TypedValueParser as _;
 use clap::{Args, ValueEnum};
@@ -112,11 +114,15 @@ pub struct BlkOptions {
     pub socket: SocketOptions,
 
     /// What the disk is stored in: `file:PATH` (raw file or block device), `qcow2:PATH`, `mem:SIZE`, `null:SIZE`.
-    #[arg(long, value_name = "SPEC")]
-    pub backend: String,
+    ///
+    /// Options follow after commas; a comma in a path is written twice.
+    /// `file`: direct=auto|on|off, engine=auto|uring|inline, lock=on|off, fixed-buffers=on|off, sqpoll=MS.
+    /// `qcow2`: direct=on|off, backing=on|off, lock=on|off, threads=COUNT. `mem`: huge=on|off.
+    #[arg(long, value_name = "SPEC", display_order = 1)]
+    pub backend: Spec,
 
     /// Queues the driver may use [default: one per CPU listed in --cpus, else 1].
-    #[arg(long, value_name = "COUNT")]
+    #[arg(long, value_name = "COUNT", value_parser = parse_count::<NonZeroU16>)]
     pub queues: Option<NonZeroU16>,
 
     /// The driver may not write.
@@ -132,7 +138,7 @@ pub struct BlkOptions {
     pub block_size: u32,
 
     /// The most requests per second.
-    #[arg(long, value_name = "COUNT")]
+    #[arg(long, value_name = "COUNT", value_parser = parse_count::<NonZeroU64>)]
     pub iops: Option<NonZeroU64>,
 
     /// The most bytes per second, like `200M`.
@@ -186,6 +192,11 @@ fn mode_parser() -> impl clap::builder::TypedValueParser<Value = Mode> {
 
 fn block_size_parser() -> impl clap::builder::TypedValueParser<Value = u32> {
     PossibleValuesParser::new(["512", "4096"]).try_map(|size| size.parse::<u32>())
+}
+
+/// A number that is not 0.
+pub(crate) fn parse_count<T: FromStr>(text: &str) -> Result<T, &'static str> {
+    text.parse().map_err(|_| "it must be a whole number, at least 1 and not too large")
 }
 
 /// Permissions in octal, as for chmod(1).

@@ -11,6 +11,7 @@ use anyhow::{Context, anyhow};
 use reactor::placement::{self, Wish};
 use reactor::{Machine, Pool};
 use rustix::event::{EventfdFlags, eventfd};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use vhost_user::{Server, ServerHandle};
 use virtio::QueueSet;
 
@@ -31,6 +32,7 @@ const SOCKET_MODE: u32 = 0o600;
 pub(crate) fn serve(options: ServiceOptions, devices: Vec<DeviceOptions>) -> Result<(), Failure> {
     let reporter = Reporter { json: options.json };
     let mut signals = StopSignals::install().context("cannot catch signals")?;
+    allow_descriptors();
     let machine = Machine::read();
     let wish = Wish { cpus: options.cpus, threads: None };
     let pool = reactor::Options { wish: wish.clone(), ..reactor::Options::default() };
@@ -74,6 +76,16 @@ pub(crate) fn serve(options: ServiceOptions, devices: Vec<DeviceOptions>) -> Res
     }
     reporter.tell(&Event::Stopped);
     Ok(())
+}
+
+/// Lets this process have as many descriptors as it may: every queue takes a few, and every device one for each
+/// region of its guest's memory.
+fn allow_descriptors() {
+    let limit = getrlimit(Resource::Nofile);
+    let wanted = Rlimit { current: limit.maximum, ..limit };
+    if let Err(error) = setrlimit(Resource::Nofile, wanted) {
+        tracing::warn!(%error, "cannot raise the limit of open files");
+    }
 }
 
 /// One queue per I/O thread that was asked for.

@@ -1,4 +1,5 @@
-//! Byte counts as people write them: `8G`, `512M`, `4096`.
+//! Byte counts as people write them: `8G`, `512M`, `4096`. A `B` or `iB` behind the unit changes nothing, as in the
+//! sizes of backends.
 
 use std::fmt;
 use std::num::NonZeroU64;
@@ -7,7 +8,7 @@ use std::str::FromStr;
 /// Units in ascending order; each is 1024 times the one before it, and the first is 1 KiB.
 const UNITS: [char; 4] = ['K', 'M', 'G', 'T'];
 const ALLOWED: &str =
-    "a number of bytes, alone or with one of the units K, M, G and T (1024, 1024², …), like 8G";
+    "a number of bytes, at least 1, alone or with a unit K, M, G or T (powers of 1024), like 8G";
 
 /// A number of bytes, more than none.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -22,11 +23,15 @@ impl FromStr for Size {
     type Err = SizeError;
 
     fn from_str(text: &str) -> Result<Self, SizeError> {
-        let unit = UNITS.iter().zip(1..).find(|(unit, _)| text.to_ascii_uppercase().ends_with(**unit));
-        let (digits, power) = unit.map_or((text, 0), |(_, power)| (&text[..text.len() - 1], power));
-        if !digits.bytes().all(|byte| byte.is_ascii_digit()) {
-            return Err(SizeError);
-        }
+        let (digits, unit) = text.split_at(text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len()));
+        let power = match unit.to_ascii_uppercase().as_str() {
+            "" | "B" => 0,
+            "K" | "KB" | "KIB" => 1,
+            "M" | "MB" | "MIB" => 2,
+            "G" | "GB" | "GIB" => 3,
+            "T" | "TB" | "TIB" => 4,
+            _ => return Err(SizeError),
+        };
         let number: u64 = digits.parse().map_err(|_| SizeError)?;
         let bytes = number.checked_mul(1 << (10 * power)).ok_or(SizeError)?;
         NonZeroU64::new(bytes).map(Self).ok_or(SizeError)
@@ -51,16 +56,22 @@ mod tests {
 
     #[test]
     fn sizes_are_read_with_and_without_unit() {
-        for (text, bytes) in
-            [("1", 1), ("4096", 4096), ("8G", 8 << 30), ("512m", 512 << 20), ("3k", 3 << 10), ("2T", 2 << 40)]
-        {
+        for (text, bytes) in [
+            ("1", 1),
+            ("4096", 4096),
+            ("8G", 8 << 30),
+            ("512m", 512 << 20),
+            ("3k", 3 << 10),
+            ("2TiB", 2 << 40),
+            ("5MB", 5 << 20),
+        ] {
             assert_eq!(text.parse::<Size>().map(|size| size.0.get()), Ok(bytes), "{text}");
         }
     }
 
     #[test]
     fn what_is_not_a_size_is_refused() {
-        for text in ["", "0", "0G", "G", "-1", "+1", "1.5G", "8GB", "8 G", "99999999999T", "x"] {
+        for text in ["", "0", "0G", "G", "-1", "+1", "1.5G", "8X", "8GiBi", "8 G", "99999999999T", "x"] {
             assert_eq!(text.parse::<Size>(), Err(SizeError), "{text}");
         }
     }

@@ -49,3 +49,48 @@ impl Drop for StopHandle {
         self.0.close();
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+
+    use signal_hook::low_level::raise;
+
+    use super::*;
+
+    /// Set in the child that plays a service.
+    const CHILD: &str = "EXITLESS_STOP_TEST";
+
+    /// Runs this test again in a process of its own, as a service that gets `signals`, and returns its exit code.
+    fn as_child(test: &str, signals: &[i32]) -> Option<i32> {
+        if std::env::var_os(CHILD).is_some() {
+            let mut stop = StopSignals::install().unwrap();
+            signals.iter().for_each(|&signal| raise(signal).unwrap());
+            let first = stop.wait();
+            std::process::exit(if first == Some("SIGTERM") { 40 } else { 41 });
+        }
+        let this = std::env::current_exe().unwrap();
+        let mut child = Command::new(this);
+        let status =
+            child.args(["--exact", &format!("stop::tests::{test}")]).env(CHILD, "1").status().unwrap();
+        status.code()
+    }
+
+    #[test]
+    fn a_first_signal_is_a_request() {
+        assert_eq!(as_child("a_first_signal_is_a_request", &[SIGTERM]), Some(40));
+    }
+
+    #[test]
+    fn a_second_signal_ends_the_process_at_once() {
+        let code = as_child("a_second_signal_ends_the_process_at_once", &[SIGTERM, SIGINT]);
+        assert_eq!(code, Some(EXIT_RUNTIME.into()));
+    }
+
+    #[test]
+    fn the_wait_ends_with_whoever_the_service_cannot_do_without() {
+        let mut stop = StopSignals(Signals::new([signal_hook::consts::SIGUSR2]).unwrap());
+        drop(stop.handle());
+        assert_eq!(stop.wait(), None);
+    }
+}

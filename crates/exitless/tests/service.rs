@@ -1,0 +1,356 @@
+//! The program as a process: it says when it is ready, keeps others off its socket, answers, and ends cleanly.
+#![allow(clippy::unwrap_used, reason = "a test that cannot be set up has failed")]
+
+use std::io::{BufRead, BufReader, Read};
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::mpsc::{Receiver, channel};
+use std::time::{Duration, Instant};
+use std::{fs, thread};
+
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::Value;
+
+/// How long anything may take before the test gives up.
+const LIMIT: Duration = Duration::from_secs(60);
+
+/// A folder that goes with the test.
+struct Scratch(PathBuf);
+
+impl Scratch {
+    fn new() -> Self {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let next = NEXT.fetch_add(1, Ordering::Relaxed);
+        let path = std::env::temp_dir().join(format!("exitless-{}-{next}", std::process::id()));
+        fs::create_dir_all(&path).unwrap();
+        Self(path)
+    }
+
+    fn path(&self, name: &str) -> String {
+        self.0.join(name).to_str().unwrap().to_owned()
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+fn exitless(arguments: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_exitless"));
+    command.args(arguments);
+    command
+}
+
+fn output(arguments: &[&str]) -> Output {
+    exitless(arguments).stdin(Stdio::null()).output().unwrap()
+}
+
+fn text(bytes: &[u8]) -> &str {
+    std::str::from_utf8(bytes).unwrap()
+}
+
+/// A running service and what it prints.
+struct Service {
+    child: Child,
+    lines: Receiver<String>,
+}
+
+impl Service {
+    fn start(arguments: &[&str]) -> Self {
+        let mut command = exitless(arguments);
+        let piped = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = piped.spawn().unwrap();
+        let (sender, lines) = channel();
+        let streams: [Box<dyn Read + Send>; 2] =
+            [Box::new(child.stdout.take().unwrap()), Box::new(child.stderr.take().unwrap())];
+        for stream in streams {
+            let sender = sender.clone();
+            thread::spawn(move || {
+                for line in BufReader::new(stream).lines() {
+                    let _ = sender.send(line.unwrap());
+                }
+            });
+        }
+        Self { child, lines }
+    }
+
+    /// A disk of 1 GiB that keeps nothing, ready to be connected to.
+    fn ready(socket: &str, more: &[&str]) -> Self {
+        let arguments = [&["blk", "--socket", socket, "--backend", "null:1G"], more].concat();
+        let service = Self::start(&arguments);
+        service.line("ready: ");
+        service
+    }
+
+    /// The next line that starts like that.
+    fn line(&self, start: &str) -> String {
+        let deadline = Instant::now() + LIMIT;
+        let mut seen = Vec::new();
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            match self.lines.recv_timeout(left) {
+                Ok(line) if line.starts_with(start) => return line,
+                Ok(line) => seen.push(line),
+                Err(error) => panic!("no line `{start}…` ({error}) among {seen:#?}"),
+            }
+        }
+    }
+
+    fn event(&self) -> Value {
+        serde_json::from_str(&self.line("{")).unwrap()
+    }
+
+    fn pid(&self) -> Pid {
+        Pid::from_child(&self.child)
+    }
+
+    /// Tells it to end, and returns its exit code.
+    fn end(&mut self, signal: Signal) -> Option<i32> {
+        kill_process(self.pid(), signal).unwrap();
+        let deadline = Instant::now() + LIMIT;
+        loop {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                return status.code();
+            }
+            assert!(Instant::now() < deadline, "it does not end");
+            thread::sleep(Duration::from_millis(5));
+        }
+    }
+}
+
+impl Drop for Service {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+#[test]
+fn a_service_says_where_it_is_and_leaves_nothing_behind() {
+    for signal in [Signal::TERM, Signal::INT] {
+        let scratch = Scratch::new();
+        let socket = scratch.path("vm1-disk.sock");
+        let mut service =
+            Service::start(&["blk", "--socket", &socket, "--backend", "null:8G", "--queues", "2"]);
+        let ready = service.line("ready: ");
+        assert!(
+            ready.starts_with(&format!("ready: socket {socket} (virtio-blk, 2 queues, I/O thread")),
+            "{ready}"
+        );
+        assert!(ready.ends_with(", hybrid)"), "{ready}");
+        let file = fs::metadata(&socket).unwrap();
+        assert!(file.file_type().is_socket());
+        assert_eq!(file.permissions().mode() & 0o777, 0o600);
+        UnixStream::connect(&socket).unwrap();
+        assert_eq!(service.end(signal), Some(0));
+        assert!(!Path::new(&socket).exists());
+        service.line("stopping: SIG");
+        service.line("stopped: ");
+    }
+}
+
+#[test]
+fn a_connected_front_end_does_not_keep_a_service_from_ending() {
+    let scratch = Scratch::new();
+    let socket = scratch.path("a.sock");
+    let mut service = Service::ready(&socket, &[]);
+    let mut front_end = UnixStream::connect(&socket).unwrap();
+    assert_eq!(service.end(Signal::TERM), Some(0));
+    assert_eq!(front_end.read(&mut [0]).unwrap_or(0), 0, "the connection is closed");
+}
+
+#[test]
+fn the_socket_of_a_service_that_was_killed_is_replaced() {
+    let scratch = Scratch::new();
+    let socket = scratch.path("a.sock");
+    let control = scratch.path("c.sock");
+    let mut service = Service::ready(&socket, &["--control", &control]);
+    service.line("control: ");
+    assert_eq!(service.end(Signal::KILL), None);
+    assert!(Path::new(&socket).exists() && Path::new(&control).exists());
+    let service = Service::ready(&socket, &["--control", &control]);
+    service.line("control: ");
+    UnixStream::connect(&socket).unwrap();
+    assert!(output(&["ctl", "--control", &control, "list"]).status.success());
+}
+
+#[test]
+fn a_socket_that_is_in_use_is_refused_with_the_process_that_has_it() {
+    let scratch = Scratch::new();
+    let (socket, control) = (scratch.path("a.sock"), scratch.path("c.sock"));
+    let mut first = Service::ready(&socket, &["--control", &control]);
+    first.line("control: ");
+    let owner = first.pid().to_string();
+    for taken in [
+        ["rng", "--socket", &socket, "--control", &scratch.path("d.sock")],
+        ["rng", "--socket", &scratch.path("b.sock"), "--control", &control],
+    ] {
+        let second = output(&taken);
+        assert_eq!(second.status.code(), Some(1));
+        let message = text(&second.stderr);
+        assert!(message.contains("in use by process ") && message.contains(&owner), "{message}");
+    }
+    UnixStream::connect(&socket).unwrap();
+    assert_eq!(first.end(Signal::TERM), Some(0));
+    assert_eq!(fs::read_dir(&scratch.0).unwrap().count(), 0, "the second ones left nothing either");
+}
+
+#[test]
+fn what_is_not_a_socket_is_never_replaced() {
+    let scratch = Scratch::new();
+    let file = scratch.path("precious");
+    fs::write(&file, "data").unwrap();
+    for option in ["--socket", "--control"] {
+        let other = if option == "--socket" { "--control" } else { "--socket" };
+        let result = output(&["rng", option, &file, other, &scratch.path("b.sock")]);
+        assert_eq!(result.status.code(), Some(1));
+        assert!(text(&result.stderr).contains("not a socket"), "{}", text(&result.stderr));
+    }
+    assert_eq!(fs::read_to_string(&file).unwrap(), "data");
+}
+
+#[test]
+fn permissions_and_group_of_the_socket_are_as_told() {
+    use std::os::unix::fs::MetadataExt;
+    let scratch = Scratch::new();
+    let socket = scratch.path("a.sock");
+    let group = fs::metadata(&scratch.0).unwrap().gid().to_string();
+    let _service = Service::ready(&socket, &["--socket-mode", "660", "--socket-group", &group]);
+    let file = fs::metadata(&socket).unwrap();
+    assert_eq!((file.mode() & 0o777, file.gid().to_string()), (0o660, group));
+}
+
+#[test]
+fn one_process_serves_the_devices_of_a_file_and_tells_machines_so() {
+    let scratch = Scratch::new();
+    let (disk, rng, control) = (scratch.path("disk.sock"), scratch.path("rng.sock"), scratch.path("c.sock"));
+    let config = scratch.path("vm.toml");
+    let file = format!(
+        "control = '{control}'\n[[blk]]\nsocket = '{disk}'\nbackend = 'null:1G'\nqueues = 3\npoll = 'notify'\n\
+         [[rng]]\nsocket = '{rng}'\nbandwidth = '64K'\n"
+    );
+    fs::write(&config, file).unwrap();
+    let mut service = Service::start(&["serve", "--config", &config, "--json"]);
+    let ready = [service.event(), service.event()];
+    assert_eq!(ready[0]["event"], "ready");
+    assert_eq!((&ready[0]["device"], &ready[0]["kind"]), (&"disk".into(), &"virtio-blk".into()));
+    assert_eq!((&ready[0]["queues"], &ready[0]["poll"]), (&3.into(), &"notify".into()));
+    assert_eq!((&ready[1]["kind"], &ready[1]["socket"]), (&"virtio-rng".into(), &rng.as_str().into()));
+    assert!(ready.iter().all(|ready| !ready["cpus"].as_array().unwrap().is_empty()));
+    assert_eq!(service.event()["event"], "control");
+    let sockets = [&disk, &rng].map(|socket| UnixStream::connect(socket).unwrap());
+
+    let list = output(&["ctl", "--control", &control, "list", "--json"]);
+    let list: Value = serde_json::from_slice(&list.stdout).unwrap();
+    let names = list["devices"].as_array().unwrap().iter().map(|device| device["name"].as_str().unwrap());
+    assert_eq!(names.collect::<Vec<_>>(), ["disk", "rng"]);
+
+    drop(sockets);
+    assert_eq!(service.end(Signal::TERM), Some(0));
+    assert_eq!(service.event()["event"], "stopping");
+    assert_eq!(service.event()["event"], "stopped");
+    assert!(![disk, rng, control].iter().any(|socket| Path::new(socket).exists()));
+}
+
+#[test]
+fn a_running_service_can_be_asked_and_told_things() {
+    let scratch = Scratch::new();
+    let (socket, control) = (scratch.path("disk.sock"), scratch.path("c.sock"));
+    let service = Service::ready(&socket, &["--control", &control, "--name", "vm1"]);
+    service.line("control: ");
+    assert_eq!(fs::metadata(&control).unwrap().permissions().mode() & 0o777, 0o600);
+    let ctl = |arguments: &[&str]| {
+        let output = output(&[&["ctl", "--control", &control], arguments].concat());
+        (output.status.code(), text(&output.stdout).to_owned() + text(&output.stderr))
+    };
+    let (code, list) = ctl(&["list"]);
+    assert_eq!(code, Some(0));
+    let words: Vec<_> = list.lines().nth(1).unwrap().split_whitespace().collect();
+    assert_eq!(words, ["vm1", "blk", "1G", "1", "0", "hybrid", "-", &socket]);
+    assert_eq!(
+        ctl(&["resize", "--device", "vm1", "3G"]),
+        (Some(0), "vm1: 3.0 GiB (3221225472 bytes)\n".to_owned())
+    );
+    assert_eq!(
+        ctl(&["resize", "--device", "vm1", "--json"]),
+        (Some(0), "{\"resized\":{\"device\":\"vm1\",\"bytes\":3221225472}}\n".to_owned())
+    );
+    assert_eq!(ctl(&["limit", "--device", "vm1", "--iops", "9"]).0, Some(0));
+    assert!(ctl(&["stats"]).1.starts_with("DISK  READS  READ"));
+    let (code, missing) = ctl(&["resize", "--device", "vm2", "1G"]);
+    assert_eq!((code, missing.as_str()), (Some(1), "error: there is no device `vm2`; there are `vm1`\n"));
+    let nobody = output(&["ctl", "--control", &scratch.path("none"), "list"]);
+    assert_eq!(nobody.status.code(), Some(1));
+}
+
+#[test]
+fn an_idle_service_stays_small() {
+    const RESIDENT_KIB_MAX: u64 = 16 << 10;
+    let scratch = Scratch::new();
+    let service = Service::ready(&scratch.path("a.sock"), &["--control", &scratch.path("c.sock")]);
+    service.line("control: ");
+    let status = fs::read_to_string(format!("/proc/{}/status", service.child.id())).unwrap();
+    let resident = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
+    let resident: u64 = resident.trim().trim_end_matches(" kB").parse().unwrap();
+    assert!(resident <= RESIDENT_KIB_MAX, "{resident} KiB");
+}
+
+#[test]
+fn only_disks_can_be_resized() {
+    let scratch = Scratch::new();
+    let control = scratch.path("c.sock");
+    let service = Service::start(&["rng", "--socket", &scratch.path("rng.sock"), "--control", &control]);
+    service.line("control: ");
+    let refused = output(&["ctl", "--control", &control, "resize", "--device", "rng", "1G"]);
+    assert_eq!(
+        text(&refused.stderr),
+        "error: device `rng`: it is a rng device, and only disks can do that\n"
+    );
+}
+
+#[test]
+fn a_mistake_of_the_callers_has_an_exit_code_of_its_own() {
+    let scratch = Scratch::new();
+    let socket = scratch.path("a.sock");
+    let config = scratch.path("vm.toml");
+    fs::write(&config, "[[blk]]\nsocket = 'a'\nbackend = 'null:1G'\nqueus = 2\n").unwrap();
+    let disk = ["blk", "--socket", &socket, "--backend"];
+    let with = |more: &[&'static str]| [&disk[..], more].concat();
+    for (arguments, says) in [
+        (vec!["serve", "--config", &config], "vm.toml:4:1: unknown key `blk.queus`; did you mean `queues`?"),
+        (vec!["serve", "--config", &socket], "cannot read the configuration file"),
+        (with(&["tape:1G"]), "tape"),
+        (with(&["null:much"]), "null:"),
+        (with(&["file:"]), "expected a path after the colon"),
+        (with(&["null:1G", "--queues", "1000"]), "1000 queues: a disk has 1 to 256"),
+        (with(&["null:1G", "--serial", "a-serial-that-is-too-long"]), "up to 20 printable ASCII characters"),
+        (with(&["null:1G", "--cpus", "1023"]), "this process may not run on CPU 1023"),
+        (vec!["blk"], "--socket <PATH>"),
+    ] {
+        let result = output(&arguments);
+        assert_eq!(result.status.code(), Some(2), "{arguments:?}: {}", text(&result.stderr));
+        assert!(text(&result.stderr).contains(says), "{arguments:?}: {}", text(&result.stderr));
+        assert!(!Path::new(&socket).exists());
+    }
+    for (socket, backend) in
+        [(&*scratch.path("no/such/folder.sock"), "null:1G"), (&socket, "file:/no/such/file")]
+    {
+        let missing = output(&["blk", "--socket", socket, "--backend", backend]);
+        assert_eq!(missing.status.code(), Some(1), "{socket} {backend}");
+        assert!(text(&missing.stderr).contains("/no/such/"), "{}", text(&missing.stderr));
+    }
+}
+
+#[test]
+fn help_and_completions_go_to_stdout() {
+    for arguments in [vec!["--help"], vec!["blk", "--help"], vec!["--version"], vec!["completions", "bash"]] {
+        let result = output(&arguments);
+        assert_eq!(result.status.code(), Some(0), "{arguments:?}");
+        assert!(!result.stdout.is_empty() && result.stderr.is_empty(), "{arguments:?}");
+    }
+}
