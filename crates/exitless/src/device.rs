@@ -102,8 +102,8 @@ pub(crate) fn withheld(options: &DeviceOptions) -> u64 {
 }
 
 fn open_blk(options: &BlkOptions, queues: NonZeroU16) -> Result<Blk, Failure> {
-    let backend =
-        options.backend.open(options.read_only).with_context(|| format!("backend `{}`", options.backend))?;
+    let device = || format!("device `{}`", options.socket.name());
+    let backend = options.backend.open(options.read_only).with_context(device)?;
     let presented = blk::Options {
         queues: options.queues.unwrap_or(queues).get(),
         serial: options.serial.clone().unwrap_or_default(),
@@ -112,7 +112,7 @@ fn open_blk(options: &BlkOptions, queues: NonZeroU16) -> Result<Blk, Failure> {
         rate: rate_limit(options.iops, options.bandwidth.map(|size| size.0)),
         ..blk::Options::default()
     };
-    Blk::new(backend, presented).map_err(Failure::usage)
+    Blk::new(backend, presented).with_context(device).map_err(Failure::Usage)
 }
 
 fn rate_limit(iops: Option<NonZeroU64>, bytes_per_s: Option<NonZeroU64>) -> RateLimit {
