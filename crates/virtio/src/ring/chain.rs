@@ -62,7 +62,7 @@ pub(super) struct Slot {
     /// Ring descriptors it occupies; only packed rings ask.
     pub(super) descriptors: u16,
     readable: u16,
-    segments: SmallVec<[Segment; 4]>,
+    segments: Vec<Segment>,
 }
 
 /// The chains of one queue that are in flight, and the memory their segments point into.
@@ -78,7 +78,7 @@ impl Chains {
     #[must_use]
     pub fn new(config: &RingConfig, memory: Arc<Memory>) -> Self {
         Self {
-            slots: (0..config.size).map(|_| Slot::default()).collect(),
+            slots: (0..config.size).map(|_| Slot { segments: Vec::with_capacity(4), ..Slot::default() }).collect(),
             free: (0..config.size).rev().collect(),
             translator: Translator::new(memory),
             indirect: config.indirect,
@@ -142,8 +142,7 @@ impl Chains {
             translator: &mut self.translator,
             indirect: self.indirect,
             head,
-            descriptors: 0,
-            writable: false,
+            progress: Progress { descriptors: 0, writable: false },
         };
         if let Err(error) = walk(&mut builder) {
             self.free.push(index);
@@ -162,7 +161,14 @@ pub(super) struct ChainBuilder<'a> {
     translator: &'a mut Translator,
     indirect: bool,
     head: u16,
+    progress: Progress,
+}
+
+/// How far a chain was followed.
+#[derive(Clone, Copy)]
+struct Progress {
     descriptors: u32,
+    /// Only device-writable buffers may follow.
     writable: bool,
 }
 
@@ -171,7 +177,11 @@ impl ChainBuilder<'_> {
     #[inline(always)]
     pub(super) fn push(&mut self, descriptor: Descriptor, flags: u16, packed: bool) -> Result<(), RingError> {
         if flags & INDIRECT != 0 {
-            return self.push_table(descriptor, flags, packed);
+            // By value, not by reference: the address of the builder stays unknown, and it in registers.
+            let Self { slot, translator, indirect, head, progress } = self;
+            let table = ChainBuilder { slot, translator, indirect: *indirect, head: *head, progress: *progress };
+            *progress = table.push_table(descriptor, flags, packed)?;
+            return Ok(());
         }
         self.push_buffer(descriptor, flags & WRITE != 0)
     }
@@ -179,14 +189,14 @@ impl ChainBuilder<'_> {
     #[inline(always)]
     fn push_buffer(&mut self, descriptor: Descriptor, writable: bool) -> Result<(), RingError> {
         let head = self.head;
-        self.descriptors += 1;
-        if self.descriptors > DESCRIPTORS_PER_CHAIN_MAX {
+        self.progress.descriptors += 1;
+        if self.progress.descriptors > DESCRIPTORS_PER_CHAIN_MAX {
             return Err(RingError::ChainTooLong { head, limit: DESCRIPTORS_PER_CHAIN_MAX });
         }
-        if self.writable && !writable {
+        if self.progress.writable && !writable {
             return Err(RingError::ReadableAfterWritable { head });
         }
-        self.writable = writable;
+        self.progress.writable = writable;
         let segments = &mut self.slot.segments;
         self.translator
             .translate(descriptor.addr, descriptor.len, |segment| segments.push(segment))
@@ -198,7 +208,8 @@ impl ChainBuilder<'_> {
         Ok(())
     }
 
-    fn push_table(&mut self, table: Descriptor, flags: u16, packed: bool) -> Result<(), RingError> {
+    #[inline(never)]
+    fn push_table(mut self, table: Descriptor, flags: u16, packed: bool) -> Result<Progress, RingError> {
         let head = self.head;
         if !self.indirect || flags & NEXT != 0 {
             return Err(RingError::BadIndirect { head });
@@ -223,9 +234,9 @@ impl ChainBuilder<'_> {
             self.push_buffer(entry, flags & WRITE != 0)?;
             // In a packed ring's table the entries follow each other and NEXT means nothing (section 2.8.8).
             index = match (packed, flags & NEXT != 0) {
-                (true, _) if index + 1 == entries => return Ok(()),
+                (true, _) if index + 1 == entries => return Ok(self.progress),
                 (true, _) => index + 1,
-                (false, false) => return Ok(()),
+                (false, false) => return Ok(self.progress),
                 (false, true) if u32::from(entry.fourth) < entries => u32::from(entry.fourth),
                 (false, true) => return Err(RingError::BadNext { head, next: entry.fourth, size: entries }),
             };
