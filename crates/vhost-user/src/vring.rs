@@ -1,10 +1,9 @@
 //! What the front end has said about one ring.
 
-use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use virtio::features::{EVENT_IDX, IN_ORDER, INDIRECT_DESC, RING_PACKED};
-use virtio::{Call, GuestAddr, Memory, RingConfig, RingError, RingFormat, RingState};
+use virtio::{Call, GuestAddr, Kick, Memory, RingConfig, RingError, RingFormat, RingState};
 
 use crate::memory_table::MemoryTable;
 use crate::request::RingAddresses;
@@ -19,17 +18,6 @@ pub(crate) enum Position {
     Base(u32),
     /// Where our queue left it.
     Left(RingState),
-}
-
-/// How the front end kicks. None of them: the ring is stopped.
-#[derive(Debug)]
-pub(crate) enum Kick {
-    /// By writing to a descriptor.
-    Fd(OwnedFd),
-    /// Not at all: we are to poll.
-    None,
-    /// By VRING_KICK messages.
-    InBand,
 }
 
 /// Where to announce completions.

@@ -9,7 +9,7 @@ use reactor::{Budget, Poller, Ticks};
 
 use crate::features;
 use crate::memory::{Area, GuestAddr, Mapping, Memory, Region, Segment, Translator, gather, scatter};
-use crate::queue::{Queue, QueueConfig, QueueHandle};
+use crate::queue::{Kick, Queue, QueueConfig, QueueHandle};
 use crate::ring::{Buffer, Completion, DriverRing, RingConfig, RingFormat};
 
 /// What the fake guest looks like.
@@ -120,7 +120,7 @@ impl FakeDriver {
             ring: self.config,
             state: None,
             memory: self.memory.clone(),
-            kick: None,
+            kick: Kick::Wake,
             call: None,
             log: None,
             inflight: None,

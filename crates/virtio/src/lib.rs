@@ -48,7 +48,7 @@ pub use device::{ConfigError, ConfigListener, Device, PollerBuilder, SharedMemor
 #[cfg(feature = "std")]
 pub use inflight::{Inflight, InflightError};
 #[cfg(feature = "std")]
-pub use queue::{ErrorHook, Queue, QueueConfig, QueueHandle, UsedLog};
+pub use queue::{ErrorHook, Kick, Queue, QueueConfig, QueueHandle, UsedLog};
 #[cfg(feature = "std")]
 pub use queue_set::{QueueSet, StartError};
 #[cfg(feature = "std")]

@@ -31,6 +31,31 @@ pub struct UsedLog {
     pub used_ring: Option<GuestAddr>,
 }
 
+/// How the driver says that there are requests.
+#[derive(Debug)]
+pub enum Kick {
+    /// A descriptor becomes readable.
+    Fd(OwnedFd),
+    /// The transport hears of it, and calls [`crate::QueueSet::wake`].
+    Wake,
+    /// It does not: the queue is to be polled for good.
+    Never,
+}
+
+impl Kick {
+    /// Another handle of the same.
+    ///
+    /// # Errors
+    /// The process has no descriptor left.
+    pub fn try_clone(&self) -> std::io::Result<Self> {
+        Ok(match self {
+            Self::Fd(fd) => Self::Fd(fd.try_clone()?),
+            Self::Wake => Self::Wake,
+            Self::Never => Self::Never,
+        })
+    }
+}
+
 /// All it takes to start a queue.
 pub struct QueueConfig {
     /// Which queue of the device this is.
@@ -43,8 +68,8 @@ pub struct QueueConfig {
     pub state: Option<RingState>,
     /// The guest's memory.
     pub memory: Arc<Memory>,
-    /// Becomes readable when the driver kicks; None if kicks come another way.
-    pub kick: Option<OwnedFd>,
+    /// How the driver kicks.
+    pub kick: Kick,
     /// How completions are announced; None if nobody listens.
     pub call: Option<Arc<dyn Call>>,
     /// The dirty log, while a migration runs.
@@ -103,7 +128,7 @@ pub struct Queue {
     size: u16,
     ring: DeviceRing,
     chains: Chains,
-    kick: Option<OwnedFd>,
+    kick: Kick,
     call: Option<Arc<dyn Call>>,
     generation: u32,
     shared: Arc<Shared>,
@@ -202,7 +227,10 @@ impl Queue {
     /// The descriptor that becomes readable when the driver kicks.
     #[must_use]
     pub fn kick_fd(&self) -> Option<RawFd> {
-        self.kick.as_ref().map(AsRawFd::as_raw_fd)
+        match &self.kick {
+            Kick::Fd(fd) => Some(fd.as_raw_fd()),
+            Kick::Wake | Kick::Never => None,
+        }
     }
 
     /// Takes up to `max` chains and appends their tokens to `out`. A broken queue has none.

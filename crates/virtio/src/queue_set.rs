@@ -6,7 +6,7 @@ use reactor::{Mode, PollerHandle, PollerState, Pool};
 
 use crate::call::Call;
 use crate::device::Device;
-use crate::queue::{Queue, QueueConfig, QueueHandle};
+use crate::queue::{Kick, Queue, QueueConfig, QueueHandle};
 use crate::ring::{RingError, RingState};
 use crate::stats::QueueCounters;
 
@@ -42,6 +42,9 @@ pub enum StartError {
         /// What is wrong with the ring.
         source: RingError,
     },
+    /// It would have to be polled for good, and too many are already.
+    #[error("queue {0}: its driver does not kick, and no CPU is free to poll for good")]
+    CannotPoll(u16),
     /// No I/O thread will have it.
     #[error("queue {index}: {source}")]
     Thread {
@@ -99,13 +102,18 @@ impl QueueSet {
         }
         let thread = |source| StartError::Thread { index, source };
         let group = format!("{}/{}", self.label, self.device.queue_group(index));
-        // Nobody polls for commands.
+        let nobody_kicks = matches!(config.kick, Kick::Never);
+        // Nobody polls for commands, unless nobody announces them.
         let mode = match self.mode {
+            _ if nobody_kicks => Mode::Poll,
             Mode::Poll if self.device.is_control_queue(index) => Mode::Hybrid,
             mode => mode,
         };
         let (queue, handle) = Queue::new(config).map_err(|source| StartError::Ring { index, source })?;
         let seat = self.pool.place(&group, mode).map_err(thread)?;
+        if nobody_kicks && seat.mode() != Mode::Poll {
+            return Err(StartError::CannotPoll(index));
+        }
         let poller =
             seat.add(format!("{}#{index}", self.label), self.device.start_queue(queue)).map_err(thread)?;
         *place = Some(Running { poller, queue: handle });

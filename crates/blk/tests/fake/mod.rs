@@ -120,7 +120,7 @@ impl Rig {
             ring: config,
             state: None,
             memory: memory.clone(),
-            kick: None,
+            kick: virtio::Kick::Wake,
             call: None,
             log: None,
             inflight: None,

@@ -7,7 +7,7 @@ use std::sync::{Arc, MutexGuard, PoisonError};
 use vhost::vhost_user::message::VhostUserProtocolFeatures as Protocol;
 use virtio::features::RING_PACKED;
 use virtio::memory::Mapping;
-use virtio::{Call, EventFdCall, QueueConfig, QueueSet, RingFormat};
+use virtio::{Call, EventFdCall, Kick, QueueConfig, QueueSet, RingFormat};
 
 use super::error::NotStarted;
 use super::{Applied, F_LOG_ALL, Reply, Session, SessionError, lock};
@@ -15,7 +15,7 @@ use crate::backend_channel::{InBandCall, NOTIFIER_BYTES};
 use crate::log;
 use crate::peer_fd;
 use crate::request::RingAddresses;
-use crate::vring::{CallTo, Kick, PlaceError, Position, Vring, signal};
+use crate::vring::{CallTo, PlaceError, Position, Vring, signal};
 
 impl Session {
     pub(super) fn set_vring_num(&mut self, index: u16, size: u16) -> Applied {
@@ -62,7 +62,7 @@ impl Session {
         let refused = |source| SessionError::Descriptor { index, what: "kick", source };
         let kick = match fd {
             Some(fd) => Kick::Fd(peer_fd::to_wait_on(fd).map_err(refused)?),
-            None => Kick::None,
+            None => Kick::Never,
         };
         self.change(index, |vring| vring.kick = Some(kick))
     }
@@ -70,7 +70,7 @@ impl Session {
     pub(super) fn vring_kick(&mut self, index: u16) -> Applied {
         self.check_ring(index)?;
         if self.vrings[usize::from(index)].kick.is_none() {
-            return self.change(index, |vring| vring.kick = Some(Kick::InBand));
+            return self.change(index, |vring| vring.kick = Some(Kick::Wake));
         }
         self.queues().wake(index);
         Ok(())
@@ -156,10 +156,8 @@ impl Session {
             return Ok(());
         }
         let Some(place) = vring.place(self.features, &self.memory)? else { return Ok(()) };
-        let kick = match &vring.kick {
-            Some(Kick::Fd(fd)) => Some(fd.try_clone()?),
-            _ => None,
-        };
+        let Some(kick) = &vring.kick else { return Ok(()) };
+        let kick = kick.try_clone()?;
         let log = match &self.log {
             Some(log) if self.features & F_LOG_ALL != 0 => Some(log::of_queue(log, place.used_log)),
             _ => None,
