@@ -1,4 +1,4 @@
-//! Disks as one line of text: `null:8G`, `mem:2G,huge=on`, `file:/dev/sdb,direct=on`, `qcow2:/images/a.qcow2`.
+//! Disks as one line of text: `null:8G`, `mem:2G`, `file:/dev/sdb,direct=on`, `qcow2:/images/a.qcow2`.
 //!
 //! After the kind and its size or path come options, separated by commas. A comma in a path is written twice, as for
 //! QEMU.
@@ -29,7 +29,7 @@ pub enum Spec {
     Memory {
         /// Size in bytes.
         bytes: u64,
-        /// In huge pages.
+        /// In huge pages, which is the default.
         huge: bool,
     },
     /// A raw file or block device.
@@ -179,7 +179,7 @@ impl FromStr for Spec {
                 options.next().map_or(Ok(Self::Null { bytes }), |(option, _)| unknown("null", option, "none"))
             }
             "mem" => {
-                let (bytes, mut huge) = (parse_size(first)?, false);
+                let (bytes, mut huge) = (parse_size(first)?, true);
                 for (option, value) in options {
                     match option {
                         "huge" => huge = on_off("huge", value)?,
@@ -268,7 +268,7 @@ impl fmt::Display for Spec {
             Self::Null { bytes } => write!(f, "null:{}", format_size(*bytes)),
             Self::Memory { bytes, huge } => {
                 write!(f, "mem:{}", format_size(*bytes))?;
-                if *huge { f.write_str(",huge=on") } else { Ok(()) }
+                if *huge { Ok(()) } else { f.write_str(",huge=off") }
             }
             Self::File { path, options } => {
                 let default = FileOptions::default();
@@ -323,7 +323,7 @@ mod tests {
             "null:8G",
             "null:512",
             "mem:1536",
-            "mem:2G,huge=on",
+            "mem:2G,huge=off",
             "file:/dev/sdb",
             "file:a,,b.img,direct=on,engine=uring,lock=off,fixed-buffers=on,sqpoll=100",
             "file:x,direct=off,engine=inline",

@@ -16,8 +16,10 @@ use crate::prefetch;
 use crate::request::{self, Range, RangeKind, Request};
 use crate::stats::{Counters, Stats};
 
-/// Requests taken in one turn. Longer bursts save next to nothing and make the first request of each wait.
-const BURST_MAX: u32 = 32;
+/// Requests taken in one turn. Driver and device work at the same time only if a part of what is outstanding is shown to
+/// the driver while the rest is worked on: at 32 outstanding, bursts of 16 take half the latency of bursts of 32. Shorter
+/// ones touch the shared cache lines more often than that gains.
+const BURST_MAX: u32 = 16;
 /// The same where requests were large lately, so that a turn's bytes stay near its budget.
 const LARGE_BURST_MAX: u32 = 4;
 /// What is large.

@@ -51,6 +51,16 @@ fn an_image_has_one_writer_or_many_readers() {
 }
 
 #[test]
+fn the_lock_is_gone_with_the_disk() {
+    let file = Scratch::on_disk("relock", 1 << 20);
+    for engine in [Engine::Uring, Engine::Inline].into_iter().cycle().take(40) {
+        let options = FileOptions { engine, ..FileOptions::default() };
+        let mut rig = Rig::new(Arc::new(File::open(&file.0, options).unwrap()), Ring::SPLIT);
+        rig.write(0, &[1; 4096]);
+    }
+}
+
+#[test]
 fn a_file_opened_for_reading_makes_a_read_only_disk() {
     let file = Scratch::on_disk("read-only", 1 << 20);
     let disk = File::open(&file.0, read_only()).unwrap();

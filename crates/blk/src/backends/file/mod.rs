@@ -94,6 +94,8 @@ struct Opened {
     buffered: OwnedFd,
     /// Goes past it.
     direct: Option<(OwnedFd, DirectAlign)>,
+    /// Holds the lock.
+    _lock: Option<OwnedFd>,
     options: FileOptions,
     kind: Kind,
     /// Smallest efficient unit in bytes.

@@ -43,14 +43,23 @@ pub(super) fn open(path: &Path, options: FileOptions) -> Result<(Opened, u64), B
         _ => return Err(failed("it must be a regular file or a block device", &"it is something else")),
     };
     rustix::fs::fcntl_setfl(&buffered, OFlags::empty()).map_err(|e| failed("making it wait", &e))?;
-    if options.lock {
-        lock::lock(&buffered, !options.read_only).map_err(|error| match error.kind() {
+    // A descriptor for the lock alone: a ring that is torn down lets go of the files it knows some time later, and the
+    // lock must not be held for that long.
+    let locked = if options.lock {
+        let file = reopen(OFlags::NONBLOCK).map_err(|e| failed(permission(options), &e))?;
+        lock::lock(&file, !options.read_only).map_err(|error| match error.kind() {
             std::io::ErrorKind::WouldBlock => {
                 failed("locking it", &"another process uses it (lock=off overrides)")
             }
             _ => failed("locking it", &error),
         })?;
-    }
+        if !same_file(&file, &stat) {
+            return Err(failed("locking it", &"it was replaced by another file meanwhile"));
+        }
+        Some(file)
+    } else {
+        None
+    };
     let bytes = size(&buffered).map_err(|e| failed("reading its size", &e))?;
     if bytes % 512 != 0 {
         tracing::warn!(path = %path.display(), bytes, "the bytes beyond the last whole sector cannot be reached");
@@ -76,6 +85,7 @@ pub(super) fn open(path: &Path, options: FileOptions) -> Result<(Opened, u64), B
         block_bytes: natural.clamp(BLOCK_BYTES_MIN, BLOCK_BYTES_MAX).next_power_of_two(),
         buffered,
         direct,
+        _lock: locked,
         options,
         kind,
     };
