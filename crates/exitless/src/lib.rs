@@ -94,7 +94,9 @@ fn log_to_stderr(level: LogLevel) {
         LogLevel::Debug => tracing::Level::DEBUG,
         LogLevel::Trace => tracing::Level::TRACE,
     };
-    let subscriber = tracing_subscriber::fmt().with_max_level(level).with_writer(io::stderr);
+    // Complaints about a log that nobody reads any more would go the same way, by a print that panics.
+    let subscriber = tracing_subscriber::fmt().log_internal_errors(false);
+    let subscriber = subscriber.with_max_level(level).with_writer(io::stderr);
     subscriber.with_ansi(io::stderr().is_terminal()).init();
 }
 

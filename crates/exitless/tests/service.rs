@@ -1,7 +1,7 @@
 //! The program as a process: it says when it is ready, keeps others off its socket, answers, and ends cleanly.
 #![allow(clippy::unwrap_used, reason = "a test that cannot be set up has failed")]
 
-use std::io::{BufRead, BufReader, Read};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -162,6 +162,30 @@ fn a_connected_front_end_does_not_keep_a_service_from_ending() {
     let mut front_end = UnixStream::connect(&socket).unwrap();
     assert_eq!(service.end(Signal::TERM), Some(0));
     assert_eq!(front_end.read(&mut [0]).unwrap_or(0), 0, "the connection is closed");
+}
+
+/// Whoever started a service may have read its readiness and gone, while it logs every connection.
+#[test]
+fn a_service_whose_log_nobody_reads_goes_on_serving() {
+    let scratch = Scratch::new();
+    let socket = scratch.path("disk.sock");
+    let mut child = exitless(&["blk", "--socket", &socket, "--backend", "null:1G", "--log", "trace"])
+        .stdin(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
+    assert!(lines.any(|line| line.unwrap().starts_with("ready: ")));
+    drop(lines);
+    for _ in 0..3 {
+        let mut front_end = UnixStream::connect(&socket).unwrap();
+        front_end.set_read_timeout(Some(LIMIT)).unwrap();
+        // GET_FEATURES
+        front_end.write_all(&[1_u32, 1, 0].map(u32::to_ne_bytes).concat()).unwrap();
+        front_end.read_exact(&mut [0; 20]).unwrap();
+    }
+    kill_process(Pid::from_child(&child), Signal::TERM).unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(0));
 }
 
 #[test]

@@ -78,7 +78,9 @@ impl Chains {
     #[must_use]
     pub fn new(config: &RingConfig, memory: Arc<Memory>) -> Self {
         Self {
-            slots: (0..config.size).map(|_| Slot { segments: Vec::with_capacity(4), ..Slot::default() }).collect(),
+            slots: (0..config.size)
+                .map(|_| Slot { segments: Vec::with_capacity(4), ..Slot::default() })
+                .collect(),
             free: (0..config.size).rev().collect(),
             translator: Translator::new(memory),
             indirect: config.indirect,
@@ -179,7 +181,8 @@ impl ChainBuilder<'_> {
         if flags & INDIRECT != 0 {
             // By value, not by reference: the address of the builder stays unknown, and it in registers.
             let Self { slot, translator, indirect, head, progress } = self;
-            let table = ChainBuilder { slot, translator, indirect: *indirect, head: *head, progress: *progress };
+            let table =
+                ChainBuilder { slot, translator, indirect: *indirect, head: *head, progress: *progress };
             *progress = table.push_table(descriptor, flags, packed)?;
             return Ok(());
         }
