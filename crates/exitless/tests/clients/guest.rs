@@ -1,0 +1,104 @@
+//! A guest as its test sees it: a console that reports results, and a line to talk back.
+//!
+//! The guest's side of this protocol is `guest/init`.
+
+use std::collections::BTreeMap;
+use std::io::Write;
+use std::process::{ChildStdin, Command};
+use std::time::Duration;
+
+use crate::process::Process;
+
+/// How long a guest may take from power-on to power-off, on a loaded machine with an emulated CPU.
+const LIFE: Duration = Duration::from_secs(480);
+/// How long a guest may take to show the next sign of progress.
+const STEP: Duration = Duration::from_secs(90);
+
+pub(crate) struct Guest {
+    process: Process,
+    keyboard: ChildStdin,
+}
+
+/// What the guest reported under each name.
+pub(crate) struct Results {
+    by_name: BTreeMap<String, (bool, String)>,
+    console: Vec<String>,
+}
+
+impl Guest {
+    pub(crate) fn boot(name: &str, command: &mut Command) -> Self {
+        let mut process = Process::spawn(name, command);
+        let keyboard = process.take_stdin();
+        Self { process, keyboard }
+    }
+
+    /// Types a line on the guest's console.
+    pub(crate) fn type_line(&mut self, line: &str) {
+        writeln!(self.keyboard, "{line}").expect("type on the guest's console");
+        self.keyboard.flush().expect("type on the guest's console");
+    }
+
+    /// How often the guest has reported to be making progress.
+    pub(crate) fn beats(&self) -> usize {
+        count_beats(&self.process.lines())
+    }
+
+    /// Waits until the guest has reported progress `more` times from now on.
+    pub(crate) fn wait_beats(&mut self, more: usize) {
+        let wanted = self.beats() + more;
+        self.process.wait_for("progress", STEP, |lines| (count_beats(lines) >= wanted).then_some(()));
+    }
+
+    /// Takes the guest away at once, as pulling its plug would.
+    pub(crate) fn kill(mut self) {
+        self.process.kill();
+    }
+
+    /// Waits until the guest powers itself off.
+    pub(crate) fn finish(mut self) -> Results {
+        self.process.wait(LIFE);
+        let lines = self.process.lines();
+        let by_name = lines.iter().filter_map(|line| parse(line)).collect();
+        Results { by_name, console: lines }
+    }
+}
+
+impl Results {
+    /// The detail of a result that must be there and good.
+    #[track_caller]
+    pub(crate) fn ok(&self, name: &str) -> &str {
+        match self.by_name.get(name) {
+            Some((true, detail)) => detail,
+            Some((false, detail)) => {
+                panic!("the guest failed at `{name}`: {detail}\n{}", self.console.join("\n"))
+            }
+            None => panic!("the guest never reported `{name}`\n{}", self.console.join("\n")),
+        }
+    }
+
+    /// The rest of every console line that starts with `mark`.
+    pub(crate) fn lines_after(&self, mark: &str) -> Vec<String> {
+        self.console.iter().filter_map(|line| line.strip_prefix(mark)).map(str::to_owned).collect()
+    }
+
+    /// Panics unless every result is good and the job came to its end.
+    #[track_caller]
+    pub(crate) fn all_ok(&self) {
+        self.ok("end");
+        self.by_name.keys().for_each(|name| {
+            self.ok(name);
+        });
+    }
+}
+
+fn count_beats(lines: &[String]) -> usize {
+    lines.iter().filter(|line| line.contains("BEAT ")).count()
+}
+
+/// Takes a result out of a console line; kernel messages may stand in front of it.
+fn parse(line: &str) -> Option<(String, (bool, String))> {
+    let mut words = line[line.find("RESULT ")?..].splitn(4, ' ').skip(1);
+    let name = words.next()?.to_owned();
+    let good = words.next()? == "ok";
+    Some((name, (good, words.next().unwrap_or_default().to_owned())))
+}

@@ -1,0 +1,27 @@
+//! Real clients against the real program: a Linux kernel's own virtio drivers, in User-Mode Linux and in QEMU, use a
+//! disk that `exitless blk` serves, and both sides are then asked whether every byte is where it should be.
+//!
+//! A test reads as a story in its own file ([`filesystem`], [`multiqueue`], [`restart`], [`migration`]). What the guest
+//! does is a shell script in `guest/jobs`; it answers in lines `RESULT name ok|fail detail`, which [`guest`] collects.
+//! A test whose tools are missing says so through [`needs`], and `./test` counts it as skipped.
+//!
+//! `EXITLESS_TEST_SERVER=qsd` puts qemu-storage-daemon in our program's place. A test that fails with both servers is
+//! itself at fault.
+
+mod filesystem;
+mod lifecycle;
+mod migration;
+mod multiqueue;
+mod readonly;
+mod restart;
+
+mod guest;
+mod initramfs;
+mod kernel;
+mod needs;
+mod process;
+mod qemu;
+mod qmp;
+mod scratch;
+mod service;
+mod uml;

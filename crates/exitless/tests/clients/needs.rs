@@ -1,0 +1,87 @@
+//! What a test needs from the machine, and how a test that cannot have it is skipped and counted.
+//!
+//! libtest knows no "skipped at run time", so such a test passes for the runner. To keep the count honest it also
+//! prints `skipped: test: reason` and appends that line to the file named by `EXITLESS_SKIPS`, which `./test` subtracts
+//! from the number of passed tests.
+
+use std::env;
+use std::fs::{File, OpenOptions};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use crate::{kernel, service};
+
+/// One thing that must be there before a test can start.
+pub(crate) enum Need {
+    /// A program of this name, in `PATH` or in one of the directories for administrators.
+    Program(&'static str),
+    /// A kernel for QEMU guests, with its modules.
+    PcKernel,
+    /// User-Mode Linux with its virtio block driver.
+    UmlKernel,
+}
+
+/// The right to run guests: each wants all cores of a small machine, so they take turns, across processes too.
+pub(crate) struct Turn {
+    _lock: File,
+}
+
+/// Where built guests are kept between runs.
+pub(crate) fn cache_dir() -> &'static Path {
+    Path::new(env!("CARGO_TARGET_TMPDIR"))
+}
+
+/// Waits for this test's turn to run guests, or returns `None` after recording why it is skipped.
+pub(crate) fn turn(needs: &[Need]) -> Option<Turn> {
+    if let Some(reason) = missing(needs) {
+        record(&test_name(), &reason);
+        return None;
+    }
+    let lock = File::create(cache_dir().join("guests.lock")).expect("create the lock that guests queue at");
+    lock.lock().expect("lock out other guests");
+    Some(Turn { _lock: lock })
+}
+
+/// The path of a program, also for users whose `PATH` lacks the directories for administrators.
+pub(crate) fn program(name: &str) -> Option<PathBuf> {
+    let path = env::var_os("PATH").unwrap_or_default();
+    let admin = ["/usr/local/sbin", "/usr/sbin", "/sbin"].map(PathBuf::from);
+    env::split_paths(&path).chain(admin).map(|dir| dir.join(name)).find(|file| file.is_file())
+}
+
+/// Records that the running test passes by default for `reason`.
+pub(crate) fn skip(reason: &str) {
+    record(&test_name(), reason);
+}
+
+fn missing(needs: &[Need]) -> Option<String> {
+    if env::var_os("EXITLESS_QUICK").is_some() {
+        return Some("no guests in a quick run".into());
+    }
+    let unmet = needs.iter().find_map(|need| match need {
+        Need::Program(name) => program(name).is_none().then(|| format!("no {name} installed")),
+        Need::PcKernel => kernel::pc().err(),
+        Need::UmlKernel => kernel::uml().err(),
+    });
+    unmet
+        .or_else(|| program("busybox").is_none().then(|| "no busybox installed".into()))
+        .or_else(service::missing)
+}
+
+fn record(test: &str, reason: &str) {
+    let line = format!("skipped: {test}: {reason}");
+    println!("{line}");
+    if let Some(list) = env::var_os("EXITLESS_SKIPS") {
+        let mut list = OpenOptions::new().create(true).append(true).open(list).expect("open EXITLESS_SKIPS");
+        list.write_all(format!("{line}\n").as_bytes()).expect("append to EXITLESS_SKIPS");
+    }
+}
+
+/// libtest names the thread of a test after it, unless it runs tests one at a time on the main thread.
+fn test_name() -> String {
+    let thread = std::thread::current();
+    match thread.name() {
+        Some(name) if name != "main" => name.to_owned(),
+        _ => env::args().skip(1).find(|arg| !arg.starts_with('-')).unwrap_or_else(|| "clients".into()),
+    }
+}

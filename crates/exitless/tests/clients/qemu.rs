@@ -1,0 +1,68 @@
+//! QEMU with an emulated PC: two CPUs, and a vhost-user-blk PCI disk with two queues.
+
+use std::path::PathBuf;
+
+use crate::guest::Guest;
+use crate::qmp::Qmp;
+use crate::scratch::Scratch;
+use crate::{initramfs, kernel, needs, process};
+
+/// 512 MiB and two pages. Before QEMU 9.0 a migration loses writes of emulated CPUs to RAM whose size is a multiple of
+/// 64 pages: the fast path that reads 64 dirty bits at once leaves stale "dirty" entries in the CPUs' TLBs
+/// ("physmem: Fix migration dirty bitmap coherency with TCG memory access").
+const RAM: &str = "524296K";
+
+/// How a guest is set up beyond what all of them share.
+pub(crate) struct Setup<'a> {
+    /// Names its files and its output; unique within the test.
+    pub(crate) name: &'a str,
+    pub(crate) socket: PathBuf,
+    pub(crate) job: &'a str,
+    /// Programs of this machine that the job runs.
+    pub(crate) programs: &'a [&'a str],
+    /// Offer the packed ring format to the driver.
+    pub(crate) packed: bool,
+    /// Wait for a running guest to arrive at this socket instead of booting one.
+    pub(crate) incoming: Option<PathBuf>,
+}
+
+pub(crate) struct Qemu {
+    pub(crate) guest: Guest,
+    pub(crate) qmp: Qmp,
+}
+
+/// Boots a guest. When the service goes away, QEMU tries to connect again every second.
+pub(crate) fn boot(scratch: &Scratch, setup: &Setup<'_>) -> Qemu {
+    let kernel = kernel::pc().expect("PcKernel is among the needs of this test");
+    let flavour = format!("pc-{}", setup.programs.join("-"));
+    let initrd = initramfs::build(&flavour, &kernel, setup.programs);
+    let control = scratch.path(&format!("{}.qmp", setup.name));
+    let packed = if setup.packed { "on" } else { "off" };
+    let mut command =
+        process::command(&needs::program("qemu-system-x86_64").expect("QEMU is among the needs"));
+    command
+        .args(["-accel", "tcg,thread=multi", "-M", "q35", "-cpu", "max", "-smp", "2", "-m", RAM])
+        .args(["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-serial", "stdio"])
+        .args([
+            "-object",
+            &format!("memory-backend-memfd,id=ram,size={RAM},share=on"),
+            "-numa",
+            "node,memdev=ram",
+        ])
+        .arg("-kernel")
+        .arg(&kernel.image)
+        .arg("-initrd")
+        .arg(initrd)
+        .arg("-append")
+        .arg(format!("console=ttyS0 quiet rdinit=/init mitigations=off nokaslr panic=-1 job={}", setup.job))
+        .arg("-chardev")
+        .arg(format!("socket,id=disk,path={},reconnect=1", setup.socket.display()))
+        .args(["-device", &format!("vhost-user-blk-pci,chardev=disk,num-queues=2,packed={packed}")])
+        .arg("-qmp")
+        .arg(format!("unix:{},server=on,wait=off", control.display()));
+    if let Some(incoming) = &setup.incoming {
+        command.arg("-incoming").arg(format!("unix:{}", incoming.display()));
+    }
+    let guest = Guest::boot(setup.name, &mut command);
+    Qemu { guest, qmp: Qmp::connect(&control) }
+}
