@@ -17,6 +17,10 @@ pub(crate) trait Steps {
     /// # Errors
     /// The status to answer with.
     fn step(&mut self, op: &Op, progress: u64, chains: &Chains) -> Result<u64, Status>;
+
+    /// What comes after the operation that is about to begin. Nothing needs to be done about it.
+    #[inline(always)]
+    fn next(&mut self, _op: Option<&Op>) {}
 }
 
 /// A channel that works in place.
@@ -44,7 +48,9 @@ impl<S: Steps> Stepwise<S> {
 
 impl<S: Steps> Channel for Stepwise<S> {
     fn submit(&mut self, ops: &mut Vec<Op>, chains: &Chains, done: &mut Vec<Done>) {
-        for op in ops.drain(..) {
+        let mut ops = ops.drain(..);
+        while let Some(op) = ops.next() {
+            self.steps.next(ops.as_slice().first());
             self.advance(op, 0, chains, done);
         }
     }

@@ -1,6 +1,7 @@
 //! Storage in this process's memory. It is gone when the process ends; a page that was never written, or was
 //! discarded, takes no memory and reads as zeros.
 
+mod copy;
 mod store;
 
 use std::sync::Arc;
@@ -48,7 +49,7 @@ impl Backend for Memory {
     }
 
     fn channel(&self, _memory: &Arc<virtio::Memory>, depth: u16) -> Result<Box<dyn Channel>, BackendError> {
-        Ok(Box::new(Stepwise::new(InPlace(self.store.clone()), depth)))
+        Ok(Box::new(Stepwise::new(InPlace { store: self.store.clone(), ahead: 0 }, depth)))
     }
 
     fn resize(&self, bytes: Option<u64>) -> Result<Geometry, BackendError> {
@@ -62,7 +63,11 @@ impl Backend for Memory {
     }
 }
 
-struct InPlace(Arc<Store>);
+struct InPlace {
+    store: Arc<Store>,
+    /// Where the next operation begins.
+    ahead: u64,
+}
 
 impl Steps for InPlace {
     #[inline(always)]
@@ -72,16 +77,25 @@ impl Steps for InPlace {
             OpKind::Read | OpKind::Write => {
                 let now = left.min(COPY_BYTES_MAX);
                 let pieces = Pieces::new(op.kind, chains.get(&op.token), progress, now);
-                let copied =
-                    if op.kind == OpKind::Read { self.0.read(at, pieces) } else { self.0.write(at, pieces) };
+                let copied = match op.kind {
+                    OpKind::Read => self.store.read(at, pieces, self.ahead),
+                    _ => self.store.write(at, pieces, self.ahead),
+                };
                 if copied == now { Ok(progress + now) } else { Err(Status::IoError) }
             }
             OpKind::Discard | OpKind::WriteZeroes { .. } => {
                 let now = left.min(FREE_BYTES_MAX);
-                self.0.zero(at, now).map(|()| progress + now).map_err(|_| Status::IoError)
+                self.store.zero(at, now).map(|()| progress + now).map_err(|_| Status::IoError)
             }
             OpKind::Flush => Ok(0),
             OpKind::SecureErase => Err(Status::Unsupported),
+        }
+    }
+
+    #[inline(always)]
+    fn next(&mut self, op: Option<&Op>) {
+        if let Some(op) = op {
+            self.ahead = op.offset;
         }
     }
 }

@@ -14,6 +14,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use rustix::mm::{Advice, MapFlags, MprotectFlags, ProtFlags, madvise, mmap_anonymous, mprotect, munmap};
 
+use super::copy::Copier;
 use crate::backend::BackendError;
 use crate::data::{Piece, Pieces};
 
@@ -33,6 +34,7 @@ pub(super) struct Store {
     /// Bytes from the start that are readable and writable. Never shrinks.
     accessible: AtomicU64,
     huge: bool,
+    copier: Copier,
 }
 
 // SAFETY: the mapping belongs to no thread; its bytes are reached by raw copies only, see the module header.
@@ -51,7 +53,7 @@ impl Store {
         };
         let base =
             NonNull::new(base.map_err(failed)?.cast()).expect("mmap without MAP_FIXED never returns 0");
-        let store = Self { base, reserved, accessible: AtomicU64::new(0), huge };
+        let store = Self { base, reserved, accessible: AtomicU64::new(0), huge, copier: Copier::new() };
         store.resize(0, bytes)?;
         Ok(store)
     }
@@ -90,9 +92,10 @@ impl Store {
         offset.checked_add(len).is_some_and(|end| end <= self.accessible.load(Ordering::Relaxed))
     }
 
-    /// Copies to `pieces` from `offset` on; returns the bytes copied, fewer than asked where the disk ends.
+    /// Copies to `pieces` from `offset` on, and asks for what is at `ahead`; returns the bytes copied, fewer than asked
+    /// where the disk ends.
     #[inline(always)]
-    pub(super) fn read(&self, offset: u64, pieces: Pieces<'_>) -> u64 {
+    pub(super) fn read(&self, offset: u64, pieces: Pieces<'_>, ahead: u64) -> u64 {
         let mut copied = 0;
         for Piece { ptr, len } in pieces {
             if !self.holds(offset + copied, len as u64) {
@@ -100,22 +103,27 @@ impl Store {
             }
             // SAFETY: the source was just checked to be mapped; the piece is guest memory, mapped while its chain is
             // in flight. The two mappings are distinct. Bytes may change during the copy; nothing is derived from them.
-            unsafe { ptr::copy_nonoverlapping(self.at(offset + copied), ptr, len) };
+            unsafe {
+                self.copier.copy(self.at(offset + copied), ptr, len, self.at(ahead.wrapping_add(copied)))
+            };
             copied += len as u64;
         }
         copied
     }
 
-    /// Copies from `pieces` to `offset` on; returns the bytes copied, fewer than asked where the disk ends.
+    /// Copies from `pieces` to `offset` on, and asks for what is at `ahead`; returns the bytes copied, fewer than asked
+    /// where the disk ends.
     #[inline(always)]
-    pub(super) fn write(&self, offset: u64, pieces: Pieces<'_>) -> u64 {
+    pub(super) fn write(&self, offset: u64, pieces: Pieces<'_>, ahead: u64) -> u64 {
         let mut copied = 0;
         for Piece { ptr, len } in pieces {
             if !self.holds(offset + copied, len as u64) {
                 break;
             }
             // SAFETY: as in `read`, with source and destination exchanged.
-            unsafe { ptr::copy_nonoverlapping(ptr, self.at(offset + copied), len) };
+            unsafe {
+                self.copier.copy(ptr, self.at(offset + copied), len, self.at(ahead.wrapping_add(copied)))
+            };
             copied += len as u64;
         }
         copied
