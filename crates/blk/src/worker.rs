@@ -293,8 +293,10 @@ impl Poller for Worker {
     }
 
     fn arm(&mut self) -> bool {
-        // Under a rate limit the driver's kicks change nothing: the thread wakes when the pause is over.
-        let requests = !self.throttled && self.queue.arm();
+        // Under a rate limit the driver's kicks change nothing: the thread wakes when the pause is over. Nor do they while
+        // storage takes no more: it wakes when something there is done.
+        let held_back = self.throttled || !self.ops.is_empty();
+        let requests = !held_back && self.queue.arm();
         let completions = self.channel.arm();
         let backlog = !self.ops.is_empty() && self.started == 0;
         requests || completions || backlog

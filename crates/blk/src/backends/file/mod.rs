@@ -1,8 +1,8 @@
 //! Storage in a raw file or a block device.
 //!
-//! Requests go through io_uring ([`uring`]), one system call per burst, each queue with a ring of its own. Files on
+//! Requests go through io_uring (`uring`), one system call per burst, each queue with a ring of its own. Files on
 //! tmpfs are the exception: the kernel would hand every request to a worker thread, because tmpfs has no non-blocking
-//! read, although none ever blocks; they are read and written in place ([`inline`]), which takes less than the detour.
+//! read, although none ever blocks; they are read and written in place (`inline`), which takes less than the detour.
 
 mod bounce;
 mod fixed;

@@ -1,6 +1,6 @@
 //! Storage in a qcow2 image, by the `imago` library.
 //!
-//! The library waits for its file, so each queue has threads of its own to do that ([`threads`]), and data go through
+//! The library waits for its file, so each queue has threads of its own to do that (`threads`), and data go through
 //! buffers of ours: only the I/O thread touches guest memory. That costs a hand-over and a copy per request; images
 //! that must be fast are raw ones.
 
