@@ -3,6 +3,9 @@
 //! A block of a large disk comes from memory, not from a cache, and the processor's own prefetching ends with the page.
 //! So while one block is copied, the lines of the next operation's are asked for, in step with the copy so that the
 //! few requests a core can have outstanding are always in use. That takes a tenth off a random 4 KiB read.
+//!
+//! Both ranges are raw memory that others may write meanwhile (guest memory, and a disk that other queues use), so there
+//! are no slices; the caller vouches for the bounds, and nothing here looks at what is copied.
 #![allow(unsafe_code)]
 
 use std::ptr;

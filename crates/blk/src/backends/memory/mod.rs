@@ -28,7 +28,7 @@ pub struct Memory {
 
 impl Memory {
     /// A disk of `bytes` zero bytes, rounded down to whole sectors. With `huge`, in huge pages where the system has
-    /// them: several times as fast at random access in a large disk, because the processor then knows where its pages
+    /// them: faster at random access in a large disk, because the processor then knows where its pages
     /// are; but a single sector written takes 2 MiB.
     ///
     /// # Errors
