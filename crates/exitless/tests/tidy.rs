@@ -144,6 +144,13 @@ fn modules_are_named_after_what_they_do() {
 }
 
 #[test]
+fn cargo_run_is_the_program() {
+    let defaults: Vec<_> =
+        manifests().into_iter().filter_map(|(_, m)| m["package"].get("default-run").cloned()).collect();
+    assert_eq!(defaults, ["exitless".into()], "`cargo run` would not know which program to run");
+}
+
+#[test]
 fn commands_in_the_documentation_are_commands_of_the_program() {
     let documents = ["README.md", "ARCHITECTURE.md"].map(|name| root().join(name));
     let more = fs::read_dir(root().join("docs")).into_iter().flatten().map(|entry| entry.unwrap().path());
