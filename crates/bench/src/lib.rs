@@ -17,6 +17,7 @@ mod cpus;
 mod data;
 mod fio;
 mod histogram;
+mod hop;
 mod measure;
 mod pattern;
 mod peer;

@@ -15,6 +15,11 @@ impl Progress {
         Self { terminal: std::io::stderr().is_terminal(), done: 0, total, began: Instant::now() }
     }
 
+    /// How many repetitions there will be.
+    pub(crate) fn total(&self) -> usize {
+        self.total
+    }
+
     /// `what` begins.
     pub(crate) fn begin(&mut self, what: &str) {
         self.done += 1;

@@ -2,6 +2,8 @@
 
 use serde::{Serialize, Serializer};
 
+use crate::hop;
+
 /// Whether the data was checked.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) enum Verified {
@@ -55,6 +57,8 @@ pub(crate) struct Measurement {
     /// The share of the time in which server or client, whichever was worse off, waited for a CPU that another
     /// process had.
     pub(crate) waited_for_cpu: Option<f64>,
+    /// How long a cache line took between the CPUs of server and client, the longer of before and after.
+    pub(crate) hop_ns: Option<f64>,
     pub(crate) p50_us: Option<f64>,
     pub(crate) p99_us: Option<f64>,
     pub(crate) p999_us: Option<f64>,
@@ -106,19 +110,31 @@ pub(crate) struct Summary {
     pub(crate) iops_range: Option<(f64, f64)>,
 }
 
-/// Summaries in the order in which case and peer first appear in `rows`.
+/// The shortest distance between server and client at which something was measured.
+pub(crate) fn nearest_ns(rows: &[Row]) -> Option<f64> {
+    rows.iter().filter_map(|row| row.figures.hop_ns).reduce(f64::min)
+}
+
+/// Summaries in the order in which case and peer first appear in `rows`. Repetitions in which the CPUs were farther
+/// apart than in others do not count, unless there is no other one.
 pub(crate) fn summarize(rows: &[Row]) -> Vec<Summary> {
+    let nearest_ns = nearest_ns(rows).unwrap_or(f64::INFINITY);
     let mut keys: Vec<(&str, &str)> = Vec::new();
     for row in rows {
         if !keys.contains(&(&row.case, &row.peer)) {
             keys.push((&row.case, &row.peer));
         }
     }
-    keys.into_iter().map(|(case, peer)| summary(case, peer, rows)).collect()
+    keys.into_iter().map(|(case, peer)| summary(case, peer, rows, nearest_ns)).collect()
 }
 
-fn summary(case: &str, peer: &str, rows: &[Row]) -> Summary {
-    let all: Vec<_> = rows.iter().filter(|r| r.case == case && r.peer == peer).map(|r| &r.figures).collect();
+fn summary(case: &str, peer: &str, rows: &[Row], nearest_ns: f64) -> Summary {
+    let mut all: Vec<_> =
+        rows.iter().filter(|r| r.case == case && r.peer == peer).map(|r| &r.figures).collect();
+    let near = |m: &&Measurement| m.hop_ns.is_none_or(|ns| hop::is_near(ns, nearest_ns));
+    if all.iter().any(near) {
+        all.retain(near);
+    }
     let of = |figure: fn(&Measurement) -> Option<f64>| median(all.iter().filter_map(|m| figure(m)));
     let rates: Vec<f64> = all.iter().filter_map(|m| m.iops()).collect();
     let idle = of(|m| m.idle.map(|idle| idle.cores)).map(|cores| IdleUse {
@@ -135,6 +151,7 @@ fn summary(case: &str, peer: &str, rows: &[Row]) -> Summary {
             iops_p90: of(|m| m.iops_p90),
             server_cores: of(|m| m.server_cores),
             waited_for_cpu: of(|m| m.waited_for_cpu),
+            hop_ns: of(|m| m.hop_ns),
             p50_us: of(|m| m.p50_us),
             p99_us: of(|m| m.p99_us),
             p999_us: of(|m| m.p999_us),
@@ -177,6 +194,19 @@ mod tests {
         assert_eq!(median([3.0, 1.0, 2.0].into_iter()), Some(2.0));
         assert_eq!(median([4.0, 1.0, 2.0, 3.0].into_iter()), Some(2.5));
         assert_eq!(median(std::iter::empty()), None);
+    }
+
+    #[test]
+    fn repetitions_farther_apart_count_only_where_there_is_nothing_else() {
+        let at = |peer, repetition, iops, hop_ns| {
+            let mut row = row(peer, repetition, iops, 1.0);
+            row.figures.hop_ns = Some(hop_ns);
+            row
+        };
+        let rows = [at("a", 1, 100.0, 30.0), at("a", 2, 10.0, 150.0), at("b", 1, 20.0, 150.0)];
+        let summaries = summarize(&rows);
+        assert_eq!((summaries[0].repetitions, summaries[0].median.iops_mean), (1, Some(100.0)));
+        assert_eq!((summaries[1].repetitions, summaries[1].median.hop_ns), (1, Some(150.0)));
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 use std::collections::HashSet;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use reactor::{Clock, Machine};
@@ -11,16 +12,21 @@ use crate::backend::Storage;
 use crate::case::{self, Case};
 use crate::cpus::Cpus;
 use crate::data;
+use crate::hop::{self, Distance};
 use crate::measure::{Outcome, Settings, measure};
 use crate::pattern;
 use crate::peer::{self, Installed, PeerKind};
 use crate::progress::Progress;
 use crate::report::{self, Report, text};
-use crate::row::{Row, median, summarize};
+use crate::row::{Measurement, Row, median, nearest_ns, summarize};
 use crate::signals;
 
 /// A run whose server or client waits for a CPU longer than this share of the time gets a remark.
 const WAITED_MAX: f64 = 0.02;
+/// How often a repetition is made during which the CPUs were moved apart.
+const TRIES: u32 = 3;
+/// How much of a run may pass with waiting for CPUs that are near each other, as a share of the load's duration.
+const PATIENCE: f64 = 0.3;
 
 /// Durations of one kind of run.
 struct Pace {
@@ -86,6 +92,7 @@ fn blk(args: &BlkArgs) -> Result<()> {
             waited * 100.0
         ));
     }
+    remark_distance(&mut report);
     write(args, &report)?;
     outcome?;
     if interrupted {
@@ -95,6 +102,25 @@ fn blk(args: &BlkArgs) -> Result<()> {
         0 => Ok(()),
         count => bail!("{count} of the measurements failed"),
     }
+}
+
+/// Says at which distance of the CPUs the figures were measured, where it varied.
+fn remark_distance(report: &mut Report) {
+    let Some(nearest) = nearest_ns(&report.rows) else { return };
+    let is_far = |m: &Measurement| m.hop_ns.is_some_and(|ns| !hop::is_near(ns, nearest));
+    let far = report.rows.iter().filter(|row| is_far(&row.figures)).count();
+    let hop = format!("a cache line took {nearest:.0} ns from CPU to CPU");
+    if far == 0 {
+        return report.method += &format!("; {hop}");
+    }
+    let only: Vec<_> = report.summaries.iter().filter(|s| is_far(&s.median)).collect();
+    let only: Vec<_> = only.iter().map(|s| format!("{} {}", s.case, s.peer)).collect();
+    report.remarks.push(format!(
+        "{hop} at best, and longer in {far} of {} repetitions, because the host moves virtual CPUs between cores: \
+         these repetitions do not count{}",
+        report.rows.len(),
+        if only.is_empty() { String::new() } else { format!(", but for {}, where there is no other", only.join(", ")) }
+    ));
 }
 
 fn measure_all(args: &BlkArgs, peers: &[Installed], report: &mut Report, stop: &AtomicBool) -> Result<()> {
@@ -121,6 +147,8 @@ fn measure_all(args: &BlkArgs, peers: &[Installed], report: &mut Report, stop: &
     report.repetitions = repetitions;
     let mut progress = Progress::new(repetitions as usize * peers.len() * report.cases.len());
     let cases = report.cases.clone();
+    let load_ms = progress.total() as u64 * (settings.measure_ms + settings.warmup_ms);
+    let mut distance = Distance::new(settings.cpus, Duration::from_millis(load_ms).mul_f64(PATIENCE));
     let mut given_up = HashSet::new();
     // All peers one after another, all cases, and then again: what drifts on the machine meets every peer alike.
     for repetition in 1..=repetitions {
@@ -132,7 +160,7 @@ fn measure_all(args: &BlkArgs, peers: &[Installed], report: &mut Report, stop: &
                 if given_up.contains(&key) {
                     continue;
                 }
-                let result = one(&mut storage, peer, case, &settings, repetition);
+                let result = near(&mut distance, || one(&mut storage, peer, case, &settings, repetition));
                 if stop.load(Ordering::Relaxed) {
                     progress.clear();
                     return Ok(());
@@ -162,6 +190,24 @@ fn measure_all(args: &BlkArgs, peers: &[Installed], report: &mut Report, stop: &
     }
     progress.clear();
     Ok(())
+}
+
+/// Measures while the CPUs are as near to each other as they were before, if that can be had.
+fn near(distance: &mut Distance, mut measure: impl FnMut() -> Result<Outcome>) -> Result<Outcome> {
+    let mut tries = TRIES;
+    loop {
+        tries -= 1;
+        let before = distance.settle();
+        let mut outcome = measure()?;
+        if let Outcome::Measured(figures) = &mut outcome {
+            figures.hop_ns = before.zip(distance.look()).map(|(before, after)| before.max(after));
+            let moved = figures.hop_ns.is_some_and(|ns| !distance.is_nearest(ns));
+            if moved && tries > 0 && distance.is_patient() {
+                continue;
+            }
+        }
+        return Ok(outcome);
+    }
 }
 
 fn one(

@@ -16,7 +16,6 @@ pub mod config;
 mod data;
 mod device;
 mod follow;
-mod prefetch;
 pub mod rate;
 mod request;
 pub mod spec;

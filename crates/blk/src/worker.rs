@@ -12,7 +12,6 @@ use crate::backend::{Channel, Done, Op, OpKind, Status, Unreachable};
 use crate::config::features;
 use crate::device::Shared;
 use crate::follow::FollowUps;
-use crate::prefetch;
 use crate::request::{self, Range, RangeKind, Request};
 use crate::stats::{Counters, Stats};
 
@@ -149,7 +148,7 @@ impl Worker {
         for token in tokens.drain(..) {
             let chain = queue.chain(&token);
             if let Some(last) = chain.writable.last() {
-                prefetch::last_byte_for_write(last);
+                last.prefetch_last_for_write();
             }
             match request::parse(&chain, &disk) {
                 Request::Op { kind, range: Range { offset, len } } => {

@@ -11,6 +11,7 @@ const COLUMNS: &[Column] = &[
     ("iops_per_core", Measurement::iops_per_core),
     ("server_cores", |m| m.server_cores),
     ("waited_for_cpu", |m| m.waited_for_cpu),
+    ("hop_ns", |m| m.hop_ns),
     ("server_ns_per_request", Measurement::server_ns_per_request),
     ("p50_us", |m| m.p50_us),
     ("p99_us", |m| m.p99_us),
@@ -70,7 +71,7 @@ mod tests {
         let fields = lines[0].split(',').count();
         assert!(lines.iter().all(|line| line.split(',').count() == fields));
         assert!(
-            lines[1].starts_with("null/qd1,exitless,1,1000,1100000,1210000,1100000,1,,909.091,0.8,,,0,,,,")
+            lines[1].starts_with("null/qd1,exitless,1,1000,1100000,1210000,1100000,1,,,909.091,0.8,,,0,,,,")
         );
     }
 

@@ -13,7 +13,6 @@ const ALLOWED: &[&str] = &[
     "crates/blk/src/backends/file/ring.rs",
     "crates/blk/src/backends/memory/copy.rs",
     "crates/blk/src/backends/memory/store.rs",
-    "crates/blk/src/prefetch.rs",
     "crates/reactor/src/raw_fd.rs",
     "crates/reactor/src/tsc.rs",
     "crates/virtio/src/memory/area.rs",

@@ -89,6 +89,14 @@ impl Area {
         }
     }
 
+    /// The same for a line that is going to be written.
+    #[inline(always)]
+    pub fn prefetch_for_write(&self, offset: usize) {
+        if offset < self.len {
+            prefetch_for_write(self.base.as_ptr().wrapping_add(offset));
+        }
+    }
+
     #[inline(always)]
     fn word(&self, offset: usize, size: usize) -> *mut u8 {
         let ptr = self.base.as_ptr().wrapping_add(offset);
@@ -104,6 +112,19 @@ pub(super) fn prefetch(ptr: *const u8) {
     // SAFETY: a prefetch of any address, mapped or not, has no architectural effect.
     unsafe {
         core::arch::x86_64::_mm_prefetch::<{ core::arch::x86_64::_MM_HINT_T0 }>(ptr.cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = ptr;
+}
+
+/// The same for a line that is going to be written, so that it arrives with the right to do so. Any address will do.
+#[inline(always)]
+pub(super) fn prefetch_for_write(ptr: *const u8) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: as for `prefetch`; processors without the instruction take it for one that does nothing. The intrinsic
+    // makes a prefetch for reading of it where the target's features do not name this one.
+    unsafe {
+        core::arch::asm!("prefetchw [{}]", in(reg) ptr, options(nomem, nostack, preserves_flags));
     }
     #[cfg(not(target_arch = "x86_64"))]
     let _ = ptr;

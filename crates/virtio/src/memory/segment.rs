@@ -75,6 +75,14 @@ impl Segment {
     pub fn prefetch(&self) {
         super::area::prefetch(self.ptr.as_ptr());
     }
+
+    /// Asks for the cache line of the last byte, which is going to be written.
+    ///
+    /// Stores leave a core in order, so one that misses the cache holds up the used index behind it.
+    #[inline(always)]
+    pub fn prefetch_last_for_write(&self) {
+        super::area::prefetch_for_write(self.ptr.as_ptr().wrapping_add(self.len - 1));
+    }
 }
 
 /// The bytes in all of `segments`.
