@@ -124,7 +124,7 @@ pub(super) fn prefetch_for_write(ptr: *const u8) {
     // SAFETY: as for `prefetch`; processors without the instruction take it for one that does nothing. The intrinsic
     // makes a prefetch for reading of it where the target's features do not name this one.
     unsafe {
-        core::arch::asm!("prefetchw [{}]", in(reg) ptr, options(nomem, nostack, preserves_flags));
+        core::arch::asm!("prefetchw [{}]", in(reg) ptr.addr(), options(nomem, nostack, preserves_flags));
     }
     #[cfg(not(target_arch = "x86_64"))]
     let _ = ptr;
