@@ -93,6 +93,8 @@ pub(crate) struct Case {
     pub(crate) inflight: bool,
     /// Each chain in an indirect table, as Linux makes them; otherwise three descriptors in the ring.
     pub(crate) indirect: bool,
+    /// Rest between a completion and the next request, in ms.
+    pub(crate) pause_ms: u32,
     /// Part of `--quick`.
     pub(crate) quick: bool,
 }
@@ -133,6 +135,8 @@ struct Spec {
     inflight: OneOrMany<bool>,
     #[serde(default)]
     indirect: bool,
+    #[serde(default)]
+    pause_ms: u32,
     /// Patterns of the names that `--quick` runs.
     #[serde(default)]
     quick: Vec<String>,
@@ -221,6 +225,7 @@ fn expand(spec: &Spec, cases: &mut Vec<Case>) -> Result<()> {
                                 client,
                                 inflight,
                                 indirect: spec.indirect,
+                                pause_ms: spec.pause_ms,
                                 quick: false,
                             };
                             name(spec, &mut case)?;

@@ -12,8 +12,7 @@ macro_rules! embed {
 
 const CASES: &[(&str, &str)] =
     embed!("cases": "null.toml", "memory.toml", "tmpfs.toml", "disk.toml", "idle.toml");
-const PEERS: &[(&str, &str)] =
-    embed!("peers": "bare.toml", "exitless.toml", "qemu-storage-daemon.toml", "spdk.toml", "fio.toml");
+const PEERS: &[(&str, &str)] = embed!("peers": "bare.toml", "exitless.toml", "exitless-notify.toml", "qemu-storage-daemon.toml", "spdk.toml", "fio.toml");
 
 /// Case files as name and text.
 pub(crate) fn cases(folder: Option<&Path>) -> Result<Vec<(String, String)>> {

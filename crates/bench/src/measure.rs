@@ -219,7 +219,8 @@ impl Client<'_> {
         Ok(Measurement {
             requests,
             iops_mean: Some(requests as f64 * 1e9 / (to_ns - from_ns).max(1) as f64),
-            iops_p90: load.windows.quantile(0.9, to_ns),
+            // With pauses, the rate of a single millisecond says nothing.
+            iops_p90: load.windows.quantile(0.9, to_ns).filter(|_| self.case.pause_ms == 0),
             server_cores: Some(ran),
             waited_for_cpu: Some(waited),
             p50_us: quantile_us(0.5),

@@ -9,6 +9,7 @@ use anyhow::{Context, Result, bail, ensure};
 use serde::Deserialize;
 
 use crate::backend::{BackendKind, Target};
+use crate::pattern;
 
 /// How long a server may take until its socket accepts, unless its file says otherwise.
 const READY_MS_MAX_DEFAULT: u64 = 10_000;
@@ -54,6 +55,9 @@ pub(crate) struct Peer {
     /// Files to write into the run's own folder `{dir}` first, by name.
     #[serde(default)]
     files: BTreeMap<String, String>,
+    /// Patterns of the only cases it is meant for; none means all.
+    #[serde(default)]
+    cases: Vec<String>,
     /// The largest ring it takes, in descriptors.
     #[serde(default)]
     pub(crate) ring_max: Option<u16>,
@@ -117,6 +121,11 @@ pub(crate) struct Installed {
 impl Peer {
     pub(crate) fn ready_ms_max(&self) -> u64 {
         self.ready_ms_max.unwrap_or(READY_MS_MAX_DEFAULT)
+    }
+
+    /// Whether `case` is one it is meant for.
+    pub(crate) fn wants(&self, case: &str) -> bool {
+        self.cases.is_empty() || self.cases.iter().any(|only| pattern::matches(only, case))
     }
 
     pub(crate) fn has_backend(&self, kind: BackendKind) -> bool {

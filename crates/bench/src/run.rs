@@ -145,7 +145,9 @@ fn measure_all(args: &BlkArgs, peers: &[Installed], report: &mut Report, stop: &
     let mut storage = Storage::new(args.dir.as_deref(), args.quick);
     let repetitions = args.repetitions.unwrap_or(pace.repetitions);
     report.repetitions = repetitions;
-    let mut progress = Progress::new(repetitions as usize * peers.len() * report.cases.len());
+    let pairs = |case: &Case| peers.iter().filter(|peer| peer.peer.wants(&case.name)).count();
+    let once = report.cases.iter().map(pairs).sum::<usize>();
+    let mut progress = Progress::new(repetitions as usize * once);
     let cases = report.cases.clone();
     let load_ms = progress.total() as u64 * (settings.measure_ms + settings.warmup_ms);
     let mut distance = Distance::new(settings.cpus, Duration::from_millis(load_ms).mul_f64(PATIENCE));
@@ -153,7 +155,7 @@ fn measure_all(args: &BlkArgs, peers: &[Installed], report: &mut Report, stop: &
     // All peers one after another, all cases, and then again: what drifts on the machine meets every peer alike.
     for repetition in 1..=repetitions {
         for case in &cases {
-            for peer in peers {
+            for peer in peers.iter().filter(|peer| peer.peer.wants(&case.name)) {
                 let what = format!("{case} {} ({repetition}/{repetitions})", peer.peer.name);
                 progress.begin(&what);
                 let key = (case.name.clone(), peer.peer.name.clone());

@@ -1,6 +1,7 @@
 //! Keeps requests in flight and measures: the loop that decides how much can be seen at all.
 
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use reactor::Clock;
@@ -68,6 +69,7 @@ pub(crate) struct Load<'a> {
     lanes: &'a mut [Lane],
     blocks: Vec<Blocks>,
     write: bool,
+    pause: Duration,
     call: &'a EventFd,
     epoll: Option<Epoll>,
     stop: &'a AtomicBool,
@@ -103,6 +105,7 @@ impl<'a> Load<'a> {
             blocks: (0..lanes.len()).map(|queue| Blocks::of(case, queue, disk_bytes)).collect(),
             lanes,
             write: case.op.writes(),
+            pause: Duration::from_millis(case.pause_ms.into()),
             call,
             epoll,
             stop,
@@ -167,6 +170,9 @@ impl<'a> Load<'a> {
                     self.latency.record(self.last_ns.saturating_sub(lane.submitted_ns(slot)));
                 }
                 self.windows.add(self.last_ns, count as u32);
+                if !self.pause.is_zero() {
+                    std::thread::sleep(self.pause);
+                }
                 let now = self.clock.now().0;
                 for &slot in done {
                     lane.submit(slot, self.write, blocks.next(), now)?;

@@ -73,7 +73,8 @@ pub(crate) fn draw(report: &Report) -> String {
     canvas.y += 10.0;
     legend(&mut canvas, report);
     for (title, cases) in report.groups() {
-        let cases: Vec<_> = cases.into_iter().filter(|case| case.op != Op::Idle).collect();
+        let cases: Vec<_> =
+            cases.into_iter().filter(|case| case.op != Op::Idle && case.pause_ms == 0).collect();
         panel(&mut canvas, report, title, &cases);
     }
     let height = canvas.y + MARGIN - PANEL_GAP;
