@@ -9,7 +9,7 @@ use std::thread::{self, JoinHandle};
 
 use anyhow::{Context, anyhow};
 use reactor::placement::{self, Wish};
-use reactor::{Machine, Pool};
+use reactor::{Machine, Mode, Pool};
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use vhost_user::{Server, ServerHandle};
@@ -147,6 +147,8 @@ impl Entry {
         let mut at = vhost_user::Options::new(&socket.socket);
         at.socket_mode = socket.socket_mode.unwrap_or(SOCKET_MODE);
         at.without = withheld(options);
+        // Where nobody sleeps, a page that guests write to instead of kicking saves them the exit.
+        at.host_notifier = socket.poll == Mode::Poll;
         let server = Server::new(set, &at).with_context(|| format!("device `{name}`"))?;
         if let Some(group) = group {
             give_to_group(&socket.socket, group)?;
