@@ -51,7 +51,7 @@ fn a_full_ring_of_requests_is_answered_in_bursts() {
         for request in sent {
             assert_eq!(rig.wait(request).status(), OK);
         }
-        assert_eq!(rig.driver.free(), usize::from(ring.size));
+        assert_eq!(rig.guest.ring.free(), usize::from(ring.size));
     }
 }
 
