@@ -37,7 +37,7 @@ mod session;
 mod vring;
 mod wire;
 
-pub use listener::ListenError;
+pub use listener::{ListenError, Listener};
 pub use memory_table::MemoryTableError;
 pub use peer_fd::PeerFdError;
 pub use request::{RequestError, RequestErrorKind};
