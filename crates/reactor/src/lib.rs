@@ -11,6 +11,9 @@
 //! What is decided is a function of numbers and lives apart from what does it: [`policy`] (poll or sleep),
 //! [`fair`] (who goes first), [`placement`] (which thread, which CPU).
 //!
+//! A poller does not block. The one kind of system call for which that is not in its hands, writing to a descriptor
+//! that somebody hostile shares, goes through [`guarded`].
+//!
 //! Needs Linux 5.11 or later (`epoll_pwait2`).
 
 #![warn(missing_docs)]
@@ -36,6 +39,7 @@ mod stats;
 mod thread;
 mod timer;
 mod tsc;
+mod watchdog;
 
 pub use clock::Clock;
 pub use cpulist::{CPUS_MAX, CpuList, CpuListError, format_cpus};
@@ -49,3 +53,4 @@ pub use pool::{BUDGET_DEFAULT, Options, PollerReport, Pool, ThreadReport};
 pub use rate::RateAccount;
 pub use record::PollerState;
 pub use stats::{PollerStats, ThreadStats};
+pub use watchdog::guarded;
