@@ -42,7 +42,7 @@ mod queue_set;
 mod stats;
 
 #[cfg(feature = "std")]
-pub use call::{Call, EventFdCall};
+pub use call::{Call, EventFdCall, Trust};
 #[cfg(feature = "std")]
 pub use device::{ConfigError, ConfigListener, Device, PollerBuilder, SharedMemory, StateError};
 #[cfg(feature = "std")]

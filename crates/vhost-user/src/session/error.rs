@@ -59,6 +59,9 @@ pub enum SessionError {
     /// A configuration write was refused.
     #[error(transparent)]
     Config(#[from] virtio::ConfigError),
+    /// The front end made one of our threads wait.
+    #[error("one of its descriptors was full or empty, and had been made blocking: a thread had to wait")]
+    Blocked,
     /// The system refused.
     #[error("{what}: {source}")]
     System { what: &'static str, source: std::io::Error },

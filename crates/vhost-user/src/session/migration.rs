@@ -53,7 +53,7 @@ impl Session {
             Direction::Save => self.device.save(),
             Direction::Load => Vec::new(),
         };
-        match Transfer::new(direction, fd, state) {
+        match Transfer::new(direction, fd, state, self.trust.clone()) {
             Ok(transfer) => {
                 self.transfer = Some(transfer);
                 self.advance_transfer();

@@ -3,6 +3,7 @@
 
 #![allow(clippy::unwrap_used)]
 
+mod blocked;
 mod bring_up;
 mod channel;
 mod device;
