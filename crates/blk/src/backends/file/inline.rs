@@ -60,7 +60,8 @@ impl Inline {
                 break;
             }
         }
-        result
+        // A signal: tmpfs has undone what it had done.
+        if result == Err(Errno::INTR) { Ok(0) } else { result }
     }
 }
 
