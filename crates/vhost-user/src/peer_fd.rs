@@ -2,13 +2,15 @@
 //!
 //! `O_NONBLOCK` belongs to the open file, which the front end shares and could clear again. So a pipe is opened once
 //! more, as a file of our own, and sockets are used with the non-blocking flag of each call. Of an eventfd, or of a pipe
-//! that another user made, there is only the one file: calls on it are watched, and the first one that blocks is the
+//! that another user made or that has a name, there is only the one file: calls on it are watched, and the first one that blocks is the
 //! last ([`Trust`]).
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use reactor::WatchError;
-use rustix::fs::{FileType, Mode, OFlags, fcntl_getfl, fcntl_setfl, fstat, open};
+use rustix::fs::{
+    AtFlags, FileType, Mode, OFlags, StatxFlags, fcntl_getfl, fcntl_setfl, open, readlink, statx,
+};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SocketType, recv, sockopt};
 use virtio::Trust;
@@ -99,17 +101,20 @@ impl AsFd for Stream {
     }
 }
 
-/// What a descriptor is. `check_peer_fd` has made sure that this asks no file system of the front end's.
+/// What a descriptor is, without asking a file system that the front end may serve: a named pipe can be on one.
 fn kind(fd: &OwnedFd) -> Result<FileType, Errno> {
-    Ok(FileType::from_raw_mode(fstat(fd)?.st_mode))
+    let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
+    Ok(FileType::from_raw_mode(statx(fd, c"", flags, StatxFlags::TYPE)?.stx_mode.into()))
 }
 
 fn own_pipe(fd: OwnedFd, access: OFlags) -> Result<OwnedFd, Errno> {
     let path = format!("/proc/self/fd/{}", fd.as_raw_fd());
-    if let Ok(own) = open(&*path, access | OFlags::NONBLOCK | OFlags::CLOEXEC, Mode::empty()) {
+    // Opening a named one would ask its file system; other names begin with a slash.
+    let has_no_name = readlink(&*path, Vec::new()).is_ok_and(|name| name.to_bytes().starts_with(b"pipe:["));
+    if has_no_name && let Ok(own) = open(&*path, access | OFlags::NONBLOCK | OFlags::CLOEXEC, Mode::empty()) {
         return Ok(own);
     }
-    // Of another user, or no /proc: the flag of the shared file has to do.
+    // Named, or of another user, or no /proc: the flag of the shared file has to do.
     fcntl_setfl(&fd, fcntl_getfl(&fd)? | OFlags::NONBLOCK)?;
     Ok(fd)
 }

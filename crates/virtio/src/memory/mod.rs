@@ -11,6 +11,8 @@ mod area;
 mod dirty;
 #[cfg(feature = "std")]
 mod mapping;
+#[cfg(feature = "std")]
+mod origin;
 mod segment;
 #[cfg(feature = "std")]
 mod sigbus;
