@@ -86,7 +86,9 @@ impl Mapping {
         let bad = MappingError::BadRange { offset, len };
         let end = offset.checked_add(len).filter(|&end| len != 0 && end < 1 << 62).ok_or(bad)?;
 
-        let Origin { bytes: have, page_bytes: page } = origin::examine(file.as_fd())?;
+        // Told at once: closing a file waits for whoever serves it, and an error may be told only after that.
+        let told = |error: &MappingError| tracing::warn!(%error, "a file is not mapped");
+        let Origin { bytes: have, page_bytes: page } = origin::examine(file.as_fd()).inspect_err(told)?;
         if have < end {
             return Err(MappingError::FileTooShort { have, need: end });
         }
