@@ -29,7 +29,7 @@ pub fn run(data: &[u8]) {
     });
     let _ = disk.write_config(u32::from(input.u8()), input.bytes(1));
     let (queue, handle) = fake.queue();
-    let mut poller = disk.start_queue(queue)();
+    let mut poller = (disk.start_queue(queue).expect("it needs nothing"))();
     let mut requests = 0;
     while !input.is_empty() && requests < 64 {
         let buffers = buffers(&mut fake, &mut input);

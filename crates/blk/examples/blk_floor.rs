@@ -101,7 +101,7 @@ impl Case {
         let driver = Driver { ring: guest.ring, requests, blocks, random: 0x9E37_79B9_7F4A_7C15 };
         let ring_alone =
             |queue| -> PollerBuilder { Box::new(|| Box::new(RingOnly(queue, Vec::with_capacity(64)))) };
-        (if ring_only { ring_alone(queue) } else { disk.start_queue(queue) }, driver)
+        (if ring_only { ring_alone(queue) } else { disk.start_queue(queue).expect("storage") }, driver)
     }
 
     fn run(&self, duration: Duration) -> (f64, f64) {

@@ -15,7 +15,7 @@ use std::sync::Arc;
 use reactor::{Budget, Poller, RateAccount, Ticks, Work};
 use virtio::memory::{scatter, total_len};
 use virtio::ring::Used;
-use virtio::{Device, PollerBuilder, Queue};
+use virtio::{Device, NotReady, PollerBuilder, Queue};
 
 use crate::entropy::Entropy;
 
@@ -65,12 +65,12 @@ impl Device for Rng {
         Vec::new()
     }
 
-    fn start_queue(&self, queue: Queue) -> PollerBuilder {
+    fn start_queue(&self, queue: Queue) -> Result<PollerBuilder, NotReady> {
         let account = self.account.clone();
-        Box::new(move || {
+        Ok(Box::new(move || {
             let entropy = Entropy::of_host();
             Box::new(Worker { queue, tokens: Vec::new(), entropy, account, rest: None })
-        })
+        }))
     }
 }
 

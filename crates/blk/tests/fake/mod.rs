@@ -14,7 +14,7 @@ use virtio::ring::Buffer;
 use virtio::{Device, Queue, QueueConfig, QueueHandle, RingFormat};
 
 pub const BUDGET: Budget = Budget { requests: 256, bytes: 1 << 30 };
-const MEMORY_BYTES: u64 = 64 << 20;
+pub const MEMORY_BYTES: u64 = 64 << 20;
 /// Behind the ring.
 const FREE_FROM: u64 = MEMORY_START + (1 << 20);
 
@@ -101,7 +101,18 @@ impl Rig {
     }
 
     pub fn with(disk: Arc<Blk>, ring: Ring, features: u64, index: u16) -> Self {
-        let guest = FakeDriver::new(FakeOptions {
+        Self::in_guest(disk, ring, features, index, FakeDriver::new)
+    }
+
+    /// In a guest of one's own making.
+    pub fn in_guest(
+        disk: Arc<Blk>,
+        ring: Ring,
+        features: u64,
+        index: u16,
+        guest: impl FnOnce(FakeOptions) -> FakeDriver,
+    ) -> Self {
+        let guest = guest(FakeOptions {
             format: ring.format,
             size: ring.size,
             event_idx: ring.event_idx,
@@ -111,7 +122,7 @@ impl Rig {
             ..FakeOptions::default()
         });
         let (queue, handle) = Queue::new(QueueConfig { index, ..guest.queue_config() }).unwrap();
-        let mut poller = disk.start_queue(queue)();
+        let mut poller = disk.start_queue(queue).unwrap()();
         poller.disarm();
         Self {
             poller,
