@@ -29,6 +29,7 @@ use crate::backend_channel::Channel;
 use crate::bell::Bell;
 use crate::device_state::Transfer;
 use crate::inflight::Records;
+use crate::lease::RecordLease;
 use crate::memory_table::MemoryTable;
 use crate::request::Request;
 use crate::vring::{Position, Vring};
@@ -96,6 +97,8 @@ pub(crate) struct Session {
     vrings: Vec<Vring>,
     log: Option<DirtyLog>,
     inflight: Option<Records>,
+    /// Under which the queues work on guest memory.
+    lease: Option<RecordLease>,
     channel: Option<Arc<Channel>>,
     /// What guests write to instead of kicking. Nobody reads it.
     notifier: Option<OwnedFd>,
@@ -125,6 +128,7 @@ impl Session {
             memory: MemoryTable::default(),
             log: None,
             inflight: None,
+            lease: None,
             channel: None,
             notifier: None,
             status: 0,

@@ -7,7 +7,7 @@ use std::sync::{Arc, MutexGuard, PoisonError};
 use vhost::vhost_user::message::VhostUserProtocolFeatures as Protocol;
 use virtio::features::RING_PACKED;
 use virtio::memory::Mapping;
-use virtio::{Call, EventFdCall, Kick, QueueConfig, QueueSet, RingError, RingFormat};
+use virtio::{Call, EventFdCall, Kick, QueueConfig, QueueSet, RingError, RingFormat, StartError};
 
 use super::error::NotStarted;
 use super::{Applied, F_LOG_ALL, Reply, Session, SessionError, lock};
@@ -129,6 +129,8 @@ impl Session {
                 Err(NotStarted::Place(error @ PlaceError::NotMapped(_))) => {
                     tracing::info!(ring = index, %error, "ring stopped until it is in memory again");
                 }
+                // The others would wait for the same.
+                Err(error @ NotStarted::Queue(StartError::NotReady { .. })) => return Err(error.of(index)),
                 Err(error) => result = result.and(Err(error.of(index))),
                 Ok(()) => {}
             }
@@ -166,12 +168,17 @@ impl Session {
             Some(records) => records.of_queue(index, place.config.format, place.config.size)?,
             None => None,
         };
+        let memory = self.memory.memory();
+        let memory = match &self.lease {
+            Some(lease) => Arc::new(memory.leased(lease.lease.clone())),
+            None => memory.clone(),
+        };
         let config = QueueConfig {
             index,
             features: self.features,
             ring: place.config,
             state: place.state,
-            memory: self.memory.memory().clone(),
+            memory,
             kick,
             call: self.call_of(index),
             log,

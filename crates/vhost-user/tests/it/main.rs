@@ -10,6 +10,7 @@ mod device;
 mod guest;
 mod host;
 mod hostile;
+mod lease;
 mod listener;
 mod memory;
 mod migration;
