@@ -23,7 +23,8 @@ pub fn run(data: &[u8]) {
     let mut fake = FakeDriver::new(FakeOptions {
         format: if choice & 2 != 0 { RingFormat::Packed } else { RingFormat::Split },
         size: 16,
-        memory_bytes: 256 << 10,
+        // 64 requests of at most 4 buffers of 2 KiB.
+        memory_bytes: 1 << 20,
         device_features: if choice & 4 != 0 { disk.features() } else { 0 },
         ..FakeOptions::default()
     });
