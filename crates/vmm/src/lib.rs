@@ -1,0 +1,5 @@
+//! A small monitor for KVM: virtual machines whose virtio devices, doorbells, interrupts and exits are all ours.
+
+#![warn(missing_docs)]
+
+pub mod pci;

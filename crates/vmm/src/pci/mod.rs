@@ -1,0 +1,1 @@
+//! PCI as the guest sees it: configuration space, BARs, MSI-X, and virtio devices behind them.
