@@ -6,7 +6,8 @@ use reactor::{Mode, PollerHandle, PollerState, Pool};
 
 use crate::call::Call;
 use crate::device::Device;
-use crate::queue::{Kick, Queue, QueueConfig, QueueHandle};
+use crate::kick::Kick;
+use crate::queue::{Queue, QueueConfig, QueueHandle};
 use crate::ring::{RingError, RingState};
 use crate::stats::QueueCounters;
 

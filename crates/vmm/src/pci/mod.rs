@@ -1,1 +1,56 @@
 //! PCI as the guest sees it: configuration space, BARs, MSI-X, and virtio devices behind them.
+
+use std::io;
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+
+use ::virtio::{Call, GuestAddr};
+
+/// What a device writes where to interrupt a CPU.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Msi {
+    /// The address of the local APIC that is written to.
+    pub address: u64,
+    /// What is written there.
+    pub data: u32,
+}
+
+/// One interrupt of a device.
+pub trait Vector: Call {
+    /// Where and what to write from the next [`Call::call`] on. The guest chose both: the message may be nonsense, which
+    /// is then lost. May take its time; is not called concurrently with itself or with `call`.
+    fn set(&self, msi: Msi);
+}
+
+/// Makes the interrupts of one device.
+pub trait Interrupts: Send + Sync {
+    /// The interrupt of one entry of its MSI-X table.
+    ///
+    /// # Errors
+    /// The system has none left.
+    fn vector(&self, index: u16) -> io::Result<Arc<dyn Vector>>;
+}
+
+/// Something done for as long as the value lives.
+pub type Registration = Box<dyn Send>;
+
+/// Lets guests reach the I/O threads of one device without coming through the monitor.
+pub trait Doorbells: Send + Sync {
+    /// From now on a write of any length to `addr`, the first of a page's that nothing else of the device is in,
+    /// signals `kick`. The page belongs to `queue`, which runs or is about to. Dropping what is returned ends it, before
+    /// the queue's page is registered elsewhere.
+    ///
+    /// # Errors
+    /// It cannot be done. The kick works all the same, more slowly.
+    fn register(&self, queue: u16, addr: GuestAddr, kick: BorrowedFd<'_>) -> io::Result<Registration>;
+}
+
+/// Shows host memory to the guest of one device.
+pub trait Mappings: Send + Sync {
+    /// Places the first `len` bytes of `file` at `addr`, which is a multiple of their size and not RAM. Dropping what is
+    /// returned removes it.
+    ///
+    /// # Errors
+    /// It cannot be done. The guest reads all ones there.
+    fn map(&self, addr: GuestAddr, file: BorrowedFd<'_>, len: u64) -> io::Result<Registration>;
+}
