@@ -9,7 +9,8 @@ use reactor::{Budget, Poller, Ticks};
 
 use crate::features;
 use crate::memory::{Area, GuestAddr, Mapping, Memory, Region, Segment, Translator, gather, scatter};
-use crate::queue::{Kick, Queue, QueueConfig, QueueHandle};
+use crate::kick::Kick;
+use crate::queue::{Queue, QueueConfig, QueueHandle};
 use crate::ring::{Buffer, Completion, DriverRing, RingConfig, RingFormat};
 
 /// What the fake guest looks like.
