@@ -201,7 +201,7 @@ fn what_the_guest_marks_is_measured_and_exits_are_counted_by_reason() {
         let measured = machine.measured().unwrap();
         // The mark that ends it is an exit in between, too.
         assert_eq!(measured.vcpus[0].user_exits.port_writes, 101);
-        assert_eq!(machine.snapshot().vcpus[0].user_exits.port_writes, 104);
+        assert_eq!(machine.snapshot().vcpus[0].user_exits.port_writes, 105);
         assert!(measured.at_ns > 0 && measured.vcpus[0].outside_ns > 0 && measured.vcpus[0].inside_ns > 0);
         if !measured.kvm().is_empty() {
             assert!(measured.exits() >= 100, "{:?}", measured.kvm());
