@@ -1,10 +1,39 @@
 //! PCI as the guest sees it: configuration space, BARs, MSI-X, and virtio devices behind them.
+//!
+//! For the machine around it: a [`Bus`] is filled before the first vCPU runs ([`Bus::add`], [`Bus::assign`]) and then
+//! shared by all of them. An exit at a port goes to [`Bus::port_read`] and [`Bus::port_write`], one at an address to
+//! [`Bus::mmio_read`] and [`Bus::mmio_write`]; each says whether the access was PCI's. [`Bus::windows`] is what ACPI
+//! tells the guest. What a device needs of the machine are three small traits, one value of each per device:
+//!
+//! * [`Interrupts`] makes a [`Vector`] for each entry of the MSI-X table. Masks and pending bits are kept here: a vector
+//!   is only ever called while the guest wants it, and is never called while [`Vector::set`] runs.
+//! * [`Doorbells`] lets a write to a queue's notification page signal a descriptor, as an ioeventfd does. A page that
+//!   is not registered works all the same: its writes come here and signal the same descriptor.
+//! * [`Mappings`] shows host memory to the guest, for devices that have some.
+//!
+//! Every access is checked here, whatever its offset and length; nothing a guest does to one device reaches another.
+//! There is no lock that covers two devices, but for the one that moves BARs. A device's locks are held briefly, with
+//! one exception: stopping queues, which a reset does, waits for what is in flight. Meanwhile the vCPU that asked for
+//! it waits, and so does one that touches the common configuration of the same device; nobody else.
+
+mod address;
+mod bus;
+mod config_space;
+mod function;
+mod host_bridge;
+mod msix;
 
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 use ::virtio::{Call, GuestAddr};
+
+pub use address::SLOTS_MAX;
+pub use bus::{Bus, BusError, Windows};
+pub use config_space::{Bar, ConfigSpace, Identity, LayoutError};
+pub use function::{BarPlace, Function};
+pub use msix::{Msix, MsixVector};
 
 /// What a device writes where to interrupt a CPU.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
