@@ -22,6 +22,7 @@ mod config_space;
 mod function;
 mod host_bridge;
 mod msix;
+pub mod virtio;
 
 use std::io;
 use std::os::fd::BorrowedFd;
@@ -29,6 +30,7 @@ use std::sync::Arc;
 
 use ::virtio::{Call, GuestAddr};
 
+pub use self::virtio::VirtioPci;
 pub use address::SLOTS_MAX;
 pub use bus::{Bus, BusError, Windows};
 pub use config_space::{Bar, ConfigSpace, Identity, LayoutError};
