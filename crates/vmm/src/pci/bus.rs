@@ -15,6 +15,7 @@ use super::address::{self, Mechanism1, Place, Port, SLOTS_MAX};
 use super::config_space::Bar;
 use super::function::{BarPlace, Function};
 use super::host_bridge::HostBridge;
+use crate::layout;
 
 /// Configuration space from the command register to the last BAR: what decides who answers to which address.
 const DECODING: Range<u16> = 0x04..0x28;
@@ -32,12 +33,7 @@ pub struct Windows {
 
 impl Default for Windows {
     fn default() -> Self {
-        let ecam = 0xe000_0000;
-        Self {
-            ecam: ecam..ecam + address::BUS_BYTES,
-            mmio32: 0xc000_0000..0xe000_0000,
-            mmio64: 0x80_0000_0000..0x80_4000_0000,
-        }
+        Self { ecam: layout::ECAM, mmio32: layout::PCI_WINDOW_32, mmio64: layout::PCI_WINDOW_64 }
     }
 }
 

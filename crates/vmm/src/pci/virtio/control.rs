@@ -7,7 +7,7 @@
 use std::sync::Arc;
 
 use virtio::features::{RING_FEATURES, RING_RESET, VERSION_1};
-use virtio::{Call, Device, Kick, Memory, QueueConfig, QueueCounters, QueueSet, RingState, StartError};
+use virtio::{Call, Device, Memory, QueueConfig, QueueCounters, QueueSet, RingState, StartError};
 
 use super::announce::{Announcer, QueueCall};
 use super::bells::Bells;
@@ -20,15 +20,6 @@ const STATUS_DRIVER_OK: u8 = 4;
 const STATUS_FEATURES_OK: u8 = 8;
 const STATUS_NEEDS_RESET: u8 = 64;
 const STATUS_FAILED: u8 = 128;
-
-/// Why an enabled queue does not run.
-#[derive(Debug, thiserror::Error)]
-enum NotStarted {
-    #[error("no descriptor for its kicks: {0}")]
-    Kick(#[from] std::io::Error),
-    #[error(transparent)]
-    Start(#[from] StartError),
-}
 
 /// The parts of a device that others have as well.
 #[derive(Clone)]
@@ -243,8 +234,9 @@ impl Control {
         }
     }
 
-    fn try_start(&mut self, index: u16) -> Result<(), NotStarted> {
+    fn try_start(&mut self, index: u16) -> Result<(), StartError> {
         let Some(queue) = self.registers.get(usize::from(index)) else { return Ok(()) };
+        let Some(kick) = self.parts.bells.kick(index) else { return Ok(()) };
         let is_live = self.status & STATUS_DRIVER_OK != 0 && !self.paused;
         if !is_live || !queue.enabled || self.queues.is_running(index) {
             return Ok(());
@@ -256,7 +248,7 @@ impl Control {
             ring: queue.ring(self.features),
             state: Some(queue.position),
             memory: self.parts.memory.clone(),
-            kick: Kick::Fd(self.parts.bells.kick(index)?),
+            kick,
             call: Some(self.call(queue.vector)),
             log: None,
             inflight: None,
@@ -264,8 +256,7 @@ impl Control {
         };
         // Before the queue: a poller may rely on its doorbell from the first turn to the last.
         self.parts.bells.open(index);
-        self.queues.start(config)?;
-        Ok(())
+        self.queues.start(config)
     }
 
     fn stop(&mut self, index: u16) -> Option<RingState> {

@@ -84,7 +84,7 @@ pub struct Resources {
     pub memory: Arc<Memory>,
     /// Makes its interrupts.
     pub interrupts: Arc<dyn Interrupts>,
-    /// Takes its doorbells.
+    /// Makes its doorbells.
     pub doorbells: Arc<dyn Doorbells>,
     /// Shows its memory to the guest.
     pub mappings: Arc<dyn Mappings>,
@@ -120,7 +120,7 @@ impl VirtioPci {
         let interrupts = |source| AttachError::System { what: "an interrupt", source };
         let msix = Arc::new(Msix::new(count + 1, &*resources.interrupts).map_err(interrupts)?);
         let doorbells = |source| AttachError::System { what: "a doorbell", source };
-        let bells = Arc::new(Bells::new(count, resources.doorbells).map_err(doorbells)?);
+        let bells = Arc::new(Bells::new(count, &*resources.doorbells).map_err(doorbells)?);
         let announcer = Arc::new(Announcer::new(msix.clone()));
         let Layout { space, msix: msix_at, window, shared } = Layout::new(&*device, &msix)?;
         let parts = Parts {
