@@ -63,12 +63,14 @@ pub struct PciDevice {
     pub label: String,
     /// How its queues notice requests.
     pub mode: Mode,
+    /// Virtio features not to offer.
+    pub without: u64,
 }
 
 impl PciDevice {
     /// A device with its name and mode.
     #[must_use]
     pub fn new(device: Arc<dyn Device>, label: impl Into<String>, mode: Mode) -> Self {
-        Self { device, label: label.into(), mode }
+        Self { device, label: label.into(), mode, without: 0 }
     }
 }

@@ -16,18 +16,20 @@
 //! twice the cost of having known the future (as in `reactor::policy`), and nothing for drivers that behave.
 
 use std::fmt;
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::str::FromStr;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
-use virtio::memory::Area;
-use virtio::{GuestAddr, Memory, Region};
+use virtio::GuestAddr;
+use virtio::memory::{Area, Backing};
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::memory;
+use crate::pci::Bell;
 use crate::raw::{self, Slot};
-use crate::{Error, memory};
 
 /// What lies in a mapped page until the guest writes: no queue has this index.
 const NOT_RUNG: u32 = u32::MAX;
@@ -103,7 +105,7 @@ pub struct Doorbell {
     /// The event that a trapped write signals, in both the types that are needed.
     event: EventFd,
     fd: OwnedFd,
-    page: Region,
+    page: Arc<dyn Backing>,
     /// The word of it that the guest writes.
     word: Area,
     state: Mutex<State>,
@@ -124,44 +126,14 @@ struct State {
 
 impl Doorbell {
     /// A doorbell whose event is `fd`, an eventfd that does not block.
-    pub(crate) fn new(vm: Arc<VmFd>, slot: Slot, mode: DoorbellMode, fd: OwnedFd) -> Result<Self, Error> {
-        let system = |what: &str, reason: String| Error::system(what, std::io::Error::other(reason));
-        let event = raw::event_fd(fd.as_fd()).map_err(|error| Error::system("share an eventfd", error))?;
-        let backing = memory::page("doorbell").map_err(|error| system("make a page", error.to_string()))?;
-        let broken = |error: virtio::MemoryError| system("make a page", error.to_string());
-        let page = Region::new(GuestAddr(0), backing).map_err(broken)?;
-        let word = Memory::new(vec![page.clone()])
-            .and_then(|memory| memory.area(GuestAddr(0), size_of::<u32>(), align_of::<AtomicU32>()))
-            .map_err(broken)?;
+    pub(crate) fn new(vm: Arc<VmFd>, slot: Slot, mode: DoorbellMode, fd: OwnedFd) -> io::Result<Self> {
+        let event = raw::event_fd(fd.as_fd())?;
+        let page = memory::page("doorbell").map_err(io::Error::other)?;
+        let word = Area::new(page.clone(), 0, size_of::<u32>(), align_of::<AtomicU32>())
+            .ok_or_else(|| io::Error::from(io::ErrorKind::InvalidData))?;
         let state = Mutex::new(State { at: None, slot, kicks: 0, refused: false });
         let (kicks, maps, rung_while_mapped) = Default::default();
         Ok(Self { vm, mode, event, fd, page, word, state, kicks, maps, rung_while_mapped })
-    }
-
-    /// Puts its page at `addr`, from where it must be removed first if it is elsewhere.
-    ///
-    /// # Errors
-    /// KVM refuses: the place is taken.
-    pub(crate) fn place(&self, addr: GuestAddr) -> std::io::Result<()> {
-        let mut state = self.lock();
-        if state.at.is_some() {
-            return Err(std::io::ErrorKind::AlreadyExists.into());
-        }
-        self.vm.register_ioevent(&self.event, &IoEventAddress::Mmio(addr.0), NoDatamatch)?;
-        state.at = Some(addr);
-        state.refused = false;
-        Ok(())
-    }
-
-    /// Takes its page away.
-    pub(crate) fn remove(&self) {
-        let mut state = self.lock();
-        self.unmap(&mut state);
-        let Some(addr) = state.at.take() else { return };
-        let removed = self.vm.unregister_ioevent(&self.event, &IoEventAddress::Mmio(addr.0), NoDatamatch);
-        if let Err(error) = removed {
-            tracing::error!(%addr, %error, "cannot take a doorbell away");
-        }
     }
 
     /// What it counted.
@@ -180,7 +152,7 @@ impl Doorbell {
             return;
         }
         self.word.u32(0).store(NOT_RUNG, Ordering::Relaxed);
-        match state.slot.show(addr, self.page.backing().clone()) {
+        match state.slot.show(addr, self.page.clone()) {
             Ok(()) => {
                 self.maps.fetch_add(1, Ordering::Relaxed);
             }
@@ -236,6 +208,29 @@ impl virtio::Doorbell for Doorbell {
     }
 }
 
+impl Bell for Doorbell {
+    fn place(&self, addr: GuestAddr) -> io::Result<()> {
+        let mut state = self.lock();
+        if state.at.is_some() {
+            return Err(io::ErrorKind::AlreadyExists.into());
+        }
+        self.vm.register_ioevent(&self.event, &IoEventAddress::Mmio(addr.0), NoDatamatch)?;
+        state.at = Some(addr);
+        state.refused = false;
+        Ok(())
+    }
+
+    fn remove(&self) {
+        let mut state = self.lock();
+        self.unmap(&mut state);
+        let Some(addr) = state.at.take() else { return };
+        let removed = self.vm.unregister_ioevent(&self.event, &IoEventAddress::Mmio(addr.0), NoDatamatch);
+        if let Err(error) = removed {
+            tracing::error!(%addr, %error, "cannot take a doorbell away");
+        }
+    }
+}
+
 impl Drop for Doorbell {
     fn drop(&mut self) {
         self.remove();
@@ -249,23 +244,4 @@ impl fmt::Debug for Doorbell {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_page_is_mapped_once_its_driver_has_paid_for_it() {
-        assert!(!worth_mapping(DoorbellMode::Adaptive, KICKS_TO_MAP - 1));
-        assert!(worth_mapping(DoorbellMode::Adaptive, KICKS_TO_MAP));
-        assert!(!worth_mapping(DoorbellMode::Trap, u64::MAX));
-        assert!(worth_mapping(DoorbellMode::Map, 0));
-    }
-
-    #[test]
-    fn modes_read_as_they_print() {
-        for mode in [DoorbellMode::Trap, DoorbellMode::Adaptive, DoorbellMode::Map] {
-            assert_eq!(mode.to_string().parse(), Ok(mode));
-        }
-        let error = "Map".parse::<DoorbellMode>().unwrap_err();
-        assert_eq!(error.to_string(), "doorbell mode `Map` is none of `trap`, `adaptive`, `map`");
-    }
-}
+mod tests;

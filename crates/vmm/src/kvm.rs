@@ -3,7 +3,6 @@
 use std::io::ErrorKind;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
 
 use kvm_bindings::{
     CpuId, KVM_API_VERSION, KVM_CAP_BINARY_STATS_FD, KVM_CAP_DISABLE_QUIRKS2, KVM_MAX_CPUID_ENTRIES,
@@ -13,6 +12,7 @@ use kvm_ioctls::{Cap, Kvm, VmFd};
 
 use crate::layout;
 use crate::raw::Slot;
+use crate::slots::SlotNumbers;
 use crate::{Error, VCPUS_MAX};
 
 /// Where KVM is.
@@ -74,8 +74,7 @@ pub(crate) struct Vm {
     pub(crate) has_tsc_deadline: bool,
     /// How many virtual CPUs it may have.
     pub(crate) cpus_max: usize,
-    slots_max: u32,
-    slots: AtomicU32,
+    slots: SlotNumbers,
 }
 
 impl Vm {
@@ -98,19 +97,15 @@ impl Vm {
             has_stats: fd.check_extension_raw(KVM_CAP_BINARY_STATS_FD.into()) > 0,
             has_tsc_deadline: kvm.check_extension(Cap::TscDeadlineTimer),
             cpus_max: kvm.get_max_vcpus().min(VCPUS_MAX),
-            slots_max: u32::try_from(kvm.get_nr_memslots()).unwrap_or(0),
-            slots: AtomicU32::new(0),
+            slots: SlotNumbers::new(u32::try_from(kvm.get_nr_memslots()).unwrap_or(0)),
             fd: Arc::new(fd),
         })
     }
 
     /// A memory slot, empty.
     pub(crate) fn slot(&self) -> Result<Slot, Error> {
-        let number = self.slots.fetch_add(1, Ordering::Relaxed);
-        if number >= self.slots_max {
-            let source = std::io::Error::from(ErrorKind::OutOfMemory);
-            return Err(Error::kvm(format!("have more than {} memory slots", self.slots_max), source));
-        }
+        let none_left = || Error::kvm("have another memory slot", std::io::Error::from(ErrorKind::OutOfMemory));
+        let number = self.slots.take().ok_or_else(none_left)?;
         Ok(Slot::new(self.fd.clone(), number))
     }
 }

@@ -87,9 +87,9 @@ impl Handler for Pm1 {
 /// The reset register of PC chipsets, which lies among the ports of PCI's configuration.
 ///
 /// Bit 2 resets the processor, whatever the other bits make of it.
-pub(crate) fn is_reset(port: u64, data: &[u8]) -> bool {
+pub(crate) fn is_reset(port: u16, data: &[u8]) -> bool {
     const RESET_CPU: u8 = 1 << 2;
-    port == u64::from(layout::RESET_PORT) && matches!(data, [value] if value & RESET_CPU != 0)
+    port == layout::RESET_PORT && matches!(data, [value] if value & RESET_CPU != 0)
 }
 
 /// The port that ends the machine with a status.

@@ -43,10 +43,12 @@ pub mod layout;
 mod legacy;
 mod machine;
 mod memory;
+mod platform;
 pub mod pci;
 mod power;
 mod raw;
 mod serial;
+mod slots;
 pub mod stats;
 mod vcpu;
 

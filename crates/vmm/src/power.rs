@@ -59,6 +59,7 @@ impl Power {
     }
 
     /// How it ended, if it has.
+    #[cfg(test)]
     pub(crate) fn outcome(&self) -> Option<Outcome> {
         self.lock().outcome
     }

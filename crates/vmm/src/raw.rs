@@ -8,7 +8,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, IntoRawFd};
+use std::os::fd::{BorrowedFd, FromRawFd, IntoRawFd};
 use std::sync::Arc;
 
 use kvm_bindings::kvm_userspace_memory_region;
@@ -18,19 +18,21 @@ use virtio::memory::Backing;
 use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::ioctl::ioctl;
 
+use crate::slots::SlotNumber;
+
 /// `_IO(KVMIO, 0xce)`, linux/kvm.h.
 const KVM_GET_STATS_FD: libc::c_ulong = 0xAECE;
 
 /// One place in a machine's memory map: empty, or with memory that the guest reads and writes without an exit.
 pub(crate) struct Slot {
     vm: Arc<VmFd>,
-    number: u32,
+    number: SlotNumber,
     shown: Option<(GuestAddr, Arc<dyn Backing>)>,
 }
 
 impl Slot {
-    /// An empty slot. No other may have its number.
-    pub(crate) fn new(vm: Arc<VmFd>, number: u32) -> Self {
+    /// An empty slot.
+    pub(crate) fn new(vm: Arc<VmFd>, number: SlotNumber) -> Self {
         Self { vm, number, shown: None }
     }
 
@@ -44,7 +46,7 @@ impl Slot {
             return Err(io::ErrorKind::ResourceBusy.into());
         }
         let region = kvm_userspace_memory_region {
-            slot: self.number,
+            slot: self.number.get(),
             flags: 0,
             guest_phys_addr: addr.0,
             memory_size: backing.len() as u64,
@@ -60,7 +62,7 @@ impl Slot {
     pub(crate) fn hide(&mut self) -> io::Result<()> {
         let Some((addr, _)) = &self.shown else { return Ok(()) };
         let region = kvm_userspace_memory_region {
-            slot: self.number,
+            slot: self.number.get(),
             guest_phys_addr: addr.0,
             ..kvm_userspace_memory_region::default()
         };
@@ -76,7 +78,8 @@ impl Drop for Slot {
         if let Err(error) = self.hide() {
             // The guest can still reach the memory, so it has to stay.
             std::mem::forget(self.shown.take());
-            tracing::error!(slot = self.number, %error, "cannot remove guest memory; it is kept");
+            self.number.keep();
+            tracing::error!(slot = self.number.get(), %error, "cannot remove guest memory; it is kept");
         }
     }
 }
@@ -95,7 +98,6 @@ pub(crate) fn stats_fd(vcpu: &VcpuFd) -> io::Result<File> {
 /// Another handle of the eventfd behind `fd`, in the type that `kvm-ioctls` asks for.
 pub(crate) fn event_fd(fd: BorrowedFd<'_>) -> io::Result<EventFd> {
     let fd = fd.try_clone_to_owned()?;
-    debug_assert!(fd.as_raw_fd() >= 0);
     // SAFETY: the descriptor is owned, and ownership passes on. If it is no eventfd, calls on it fail.
     Ok(unsafe { EventFd::from_raw_fd(fd.into_raw_fd()) })
 }
