@@ -11,9 +11,10 @@
 //! either landed in the page, or it traps. The page holds a value that is no notification, so what landed there is
 //! seen; and the queue looks at its ring after that.
 //!
-//! Adding and removing a slot costs as much as two or three exits, and much more where the host is busy. So a page is
-//! mapped only once its driver has made enough exits, since the thread last woke, to have paid for it: at most
-//! twice the cost of having known the future (as in `reactor::policy`), and nothing for drivers that behave.
+//! Adding and removing a slot waits for every virtual CPU: some 10 to 100 µs, and milliseconds where the host is busy.
+//! So a page is mapped only once its driver has made enough exits, since the thread last woke, to have paid for what
+//! the changes took lately: at most twice the cost of having known the future (as in `reactor::policy`), and nothing
+//! for drivers that behave.
 
 use std::fmt;
 use std::io;
@@ -23,6 +24,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
+use reactor::Clock;
 use virtio::GuestAddr;
 use virtio::memory::{Area, Backing};
 use vmm_sys_util::eventfd::EventFd;
@@ -33,16 +35,19 @@ use crate::raw::{self, Slot};
 
 /// What lies in a mapped page until the guest writes: no queue has this index.
 const NOT_RUNG: u32 = u32::MAX;
-/// Exits that cost the guest as much as mapping its page and unmapping it again: 20 to 50 µs each on a nested host,
-/// where the two changes take 30 to 150 µs.
-pub const KICKS_TO_MAP: u64 = 4;
+/// What a write that traps is taken to cost, in ns. An exit that the kernel handles takes 1 to 2 µs on bare metal and 20
+/// to 50 µs where the host is itself a guest; between the two, closer to the lower, because mapping in vain also keeps
+/// the I/O thread from its other queues.
+pub const KICK_NS: u64 = 5_000;
+/// What mapping and unmapping a page is taken to cost before it was done once, in ns: the median on a nested host.
+pub const CHANGE_NS_START: u64 = 80_000;
 
 /// When a queue's notification page is mapped.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum DoorbellMode {
     /// Never: every write traps.
     Trap,
-    /// While the I/O thread is awake, once the driver has made [`KICKS_TO_MAP`] exits that nobody needed.
+    /// While the I/O thread is awake, once the driver has made as many exits that nobody needed as mapping is worth.
     #[default]
     Adaptive,
     /// Whenever the I/O thread is awake.
@@ -77,14 +82,21 @@ impl FromStr for DoorbellMode {
     }
 }
 
-/// Whether to map a page whose driver has made `kicks` exits since the I/O thread woke.
+/// Whether to map a page whose driver has made `kicks` exits since the I/O thread woke, where mapping and unmapping takes
+/// `change_ns`.
 #[must_use]
-pub fn worth_mapping(mode: DoorbellMode, kicks: u64) -> bool {
+pub fn worth_mapping(mode: DoorbellMode, kicks: u64, change_ns: u64) -> bool {
     match mode {
         DoorbellMode::Trap => false,
-        DoorbellMode::Adaptive => kicks >= KICKS_TO_MAP,
+        DoorbellMode::Adaptive => kicks.saturating_mul(KICK_NS) >= change_ns.max(KICK_NS),
         DoorbellMode::Map => true,
     }
+}
+
+/// What a change is taken to cost after one that took `took_ns`: mean over the last few.
+#[must_use]
+pub fn change_after(change_ns: u64, took_ns: u64) -> u64 {
+    (change_ns.saturating_mul(3).saturating_add(took_ns)) / 4
 }
 
 /// What a doorbell counts.
@@ -122,6 +134,10 @@ struct State {
     kicks: u64,
     /// KVM would not map it where it is.
     refused: bool,
+    /// How long mapping it took, the last time.
+    map_ns: u64,
+    /// How long mapping and unmapping takes.
+    change_ns: u64,
 }
 
 impl Doorbell {
@@ -131,7 +147,14 @@ impl Doorbell {
         let page = memory::page("doorbell").map_err(io::Error::other)?;
         let word = Area::new(page.clone(), 0, size_of::<u32>(), align_of::<AtomicU32>())
             .ok_or_else(|| io::Error::from(io::ErrorKind::InvalidData))?;
-        let state = Mutex::new(State { at: None, slot, kicks: 0, refused: false });
+        let state = Mutex::new(State {
+            at: None,
+            slot,
+            kicks: 0,
+            refused: false,
+            map_ns: 0,
+            change_ns: CHANGE_NS_START,
+        });
         let (kicks, maps, rung_while_mapped) = Default::default();
         Ok(Self { vm, mode, event, fd, page, word, state, kicks, maps, rung_while_mapped })
     }
@@ -152,8 +175,10 @@ impl Doorbell {
             return;
         }
         self.word.u32(0).store(NOT_RUNG, Ordering::Relaxed);
+        let began = Clock::get().now();
         match state.slot.show(addr, self.page.clone()) {
             Ok(()) => {
+                state.map_ns = Clock::get().now().since_ns(began);
                 self.maps.fetch_add(1, Ordering::Relaxed);
             }
             Err(error) => {
@@ -168,11 +193,14 @@ impl Doorbell {
         if state.slot.is_empty() {
             return false;
         }
+        let began = Clock::get().now();
         if let Err(error) = state.slot.hide() {
             // Its writes would go unseen. A ring on every turn keeps the thread awake, and the queue served.
             tracing::error!(%error, "cannot unmap a doorbell; its queue is polled instead");
             return true;
         }
+        let unmap_ns = Clock::get().now().since_ns(began);
+        state.change_ns = change_after(state.change_ns, state.map_ns.saturating_add(unmap_ns));
         let rang = self.word.u32(0).swap(NOT_RUNG, Ordering::AcqRel) != NOT_RUNG;
         self.rung_while_mapped.fetch_add(rang.into(), Ordering::Relaxed);
         rang
@@ -196,7 +224,7 @@ impl virtio::Doorbell for Doorbell {
             self.kicks.fetch_add(kicks, Ordering::Relaxed);
             state.kicks = state.kicks.saturating_add(kicks);
         }
-        if worth_mapping(self.mode, state.kicks) {
+        if worth_mapping(self.mode, state.kicks, state.change_ns) {
             self.map(&mut state);
         }
     }
@@ -239,7 +267,10 @@ impl Drop for Doorbell {
 
 impl fmt::Debug for Doorbell {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Doorbell").field("at", &self.lock().at).field("mode", &self.mode).finish_non_exhaustive()
+        f.debug_struct("Doorbell")
+            .field("at", &self.lock().at)
+            .field("mode", &self.mode)
+            .finish_non_exhaustive()
     }
 }
 

@@ -104,7 +104,8 @@ impl Vm {
 
     /// A memory slot, empty.
     pub(crate) fn slot(&self) -> Result<Slot, Error> {
-        let none_left = || Error::kvm("have another memory slot", std::io::Error::from(ErrorKind::OutOfMemory));
+        let none_left =
+            || Error::kvm("have another memory slot", std::io::Error::from(ErrorKind::OutOfMemory));
         let number = self.slots.take().ok_or_else(none_left)?;
         Ok(Slot::new(self.fd.clone(), number))
     }

@@ -87,7 +87,8 @@ impl Machine {
             .into_iter()
             .map(|device| attach(device, &vm, &ram, config.doorbells, &pool, &mut bus))
             .collect::<Result<Vec<_>, _>>()?;
-        bus.assign().map_err(|error| Error::Device { label: "devices".to_owned(), reason: error.to_string() })?;
+        bus.assign()
+            .map_err(|error| Error::Device { label: "devices".to_owned(), reason: error.to_string() })?;
 
         let meters = vcpus.iter().map(Vcpu::meter).collect();
         let counted = Arc::new(Counted { meters, devices, pool, marks: Mutex::default() });

@@ -178,7 +178,8 @@ fn what_is_typed_reaches_the_guest() {
     if can_run() {
         const LINE_STATUS: u16 = 0x3FD;
         let console = Console::default();
-        let program = Program::new().print("?").wait_for(SCRATCH, 0).print_port(LINE_STATUS).print_port(0x3F8).exit(0);
+        let program =
+            Program::new().print("?").wait_for(SCRATCH, 0).print_port(LINE_STATUS).print_port(0x3F8).exit(0);
         let machine = machine(config(program, &console)).unwrap();
         assert_eq!(machine.input(b"!"), 1);
         machine.run().unwrap();

@@ -34,14 +34,17 @@ pub(super) fn load<F: Read + ReadVolatile + Seek>(
     name: &str,
 ) -> Result<Loaded, Error> {
     let failed = |reason: String| Error::Kernel { kernel: name.to_owned(), reason };
-    let kernel = BzImage::load(memory, None, image, Some(GuestAddress(layout::HIGH_RAM)))
-        .map_err(|error| failed(format!("it is neither ELF nor bzImage, or does not fit into memory ({error})")))?;
+    let kernel =
+        BzImage::load(memory, None, image, Some(GuestAddress(layout::HIGH_RAM))).map_err(|error| {
+            failed(format!("it is neither ELF nor bzImage, or does not fit into memory ({error})"))
+        })?;
     let mut header = kernel.setup_header.ok_or_else(|| failed("it has no header".to_owned()))?;
     if header.version < VERSION_MIN || header.xloadflags & HAS_64_BIT_ENTRY == 0 {
         return Err(failed("it has no 64-bit entry (it must be Linux 3.8 or later, for x86-64)".to_owned()));
     }
     // The kernel unpacks itself upwards from where it was loaded, and says how much room that takes.
-    let kernel_end = kernel.kernel_load.0 + u64::from(header.init_size).max(kernel.kernel_end - kernel.kernel_load.0);
+    let kernel_end =
+        kernel.kernel_load.0 + u64::from(header.init_size).max(kernel.kernel_end - kernel.kernel_load.0);
     let end_max = u64::from(header.initrd_addr_max).saturating_add(1);
     if let Some(initrd) = initrd(boot, ram, memory, kernel_end, end_max)? {
         header.ramdisk_image = initrd.start as u32;
@@ -50,13 +53,17 @@ pub(super) fn load<F: Read + ReadVolatile + Seek>(
     header.type_of_loader = LOADER_OTHER;
     header.cmd_line_ptr = layout::COMMAND_LINE as u32;
     header.cmdline_size = boot.command_line.len() as u32;
-    let mut params = boot_params { hdr: header, acpi_rsdp_addr: layout::ACPI.start, ..boot_params::default() };
+    let mut params =
+        boot_params { hdr: header, acpi_rsdp_addr: layout::ACPI.start, ..boot_params::default() };
     for (to, (range, kind)) in params.e820_table.iter_mut().zip(memory_map(ram.ranges())) {
         *to = boot_e820_entry { addr: range.start, size: range.end - range.start, r#type: kind as u32 };
         params.e820_entries += 1;
     }
-    LinuxBootConfigurator::write_bootparams(&BootParams::new(&params, GuestAddress(layout::ZERO_PAGE)), memory)
-        .map_err(|error| failed(error.to_string()))?;
+    LinuxBootConfigurator::write_bootparams(
+        &BootParams::new(&params, GuestAddress(layout::ZERO_PAGE)),
+        memory,
+    )
+    .map_err(|error| failed(error.to_string()))?;
     let tables = page_tables();
     memory
         .write_slice(&tables, GuestAddress(layout::PAGE_TABLES))
@@ -78,7 +85,7 @@ fn page_tables() -> Vec<u8> {
     let directories = pages / ENTRIES;
     let root = std::iter::once(table(1) | PRESENT_WRITABLE).chain(pad(1));
     let middle = (0..directories).map(|number| table(2 + number) | PRESENT_WRITABLE).chain(pad(directories));
-    let leaves = (0..pages).map(|page| page * PAGE_BYTES | PRESENT_WRITABLE | LARGE);
+    let leaves = (0..pages).map(|page| (page * PAGE_BYTES) | PRESENT_WRITABLE | LARGE);
     root.chain(middle).chain(leaves).flat_map(u64::to_le_bytes).collect()
 }
 

@@ -49,7 +49,9 @@ pub(crate) fn load(boot: &Boot<'_>, ram: &Ram) -> Result<Entry, Error> {
         return Err(Error::CommandLine { bytes, max: layout::COMMAND_LINE_BYTES - 1 });
     }
     let write = |what: &str, bytes: &[u8], at: u64| {
-        let failed = |error: vm_memory::GuestMemoryError| Error::system(what, std::io::Error::other(error.to_string()));
+        let failed = |error: vm_memory::GuestMemoryError| {
+            Error::system(what, std::io::Error::other(error.to_string()))
+        };
         memory.write_slice(bytes, GuestAddress(at)).map_err(failed)
     };
     write("write the command line", format!("{}\0", boot.command_line).as_bytes(), layout::COMMAND_LINE)?;
@@ -100,8 +102,10 @@ fn initrd(
     let mut file = File::open(path).map_err(|error| failed(error.to_string()))?;
     let bytes = file.metadata().map_err(|error| failed(error.to_string()))?.len();
     let range = place(bytes, kernel_end, end_max.min(ram.ranges()[0].end)).ok_or_else(|| {
-        failed(format!("its {bytes} bytes do not fit between the kernel, which ends at {kernel_end:#x}, and the end of \
-                        the memory that it may be in"))
+        failed(format!(
+            "its {bytes} bytes do not fit between the kernel, which ends at {kernel_end:#x}, and the end of \
+                        the memory that it may be in"
+        ))
     })?;
     memory
         .read_exact_volatile_from(GuestAddress(range.start), &mut file, bytes as usize)
@@ -125,7 +129,8 @@ enum Kind {
 
 /// The memory map of a machine with RAM at `ram`.
 fn memory_map(ram: &[Range<u64>]) -> Vec<(Range<u64>, Kind)> {
-    let mut map = vec![(0..layout::LOW_RAM_END, Kind::Ram), (layout::LOW_RAM_END..layout::HIGH_RAM, Kind::Reserved)];
+    let mut map =
+        vec![(0..layout::LOW_RAM_END, Kind::Ram), (layout::LOW_RAM_END..layout::HIGH_RAM, Kind::Reserved)];
     map.extend(ram.iter().map(|range| (range.start.max(layout::HIGH_RAM)..range.end, Kind::Ram)));
     map.push((layout::ECAM, Kind::Reserved));
     map

@@ -4,9 +4,9 @@ use std::io::{Read, Seek};
 
 use linux_loader::configurator::pvh::PvhBootConfigurator;
 use linux_loader::configurator::{BootConfigurator, BootParams};
+use linux_loader::loader::KernelLoader;
 use linux_loader::loader::elf::start_info::{hvm_memmap_table_entry, hvm_modlist_entry, hvm_start_info};
 use linux_loader::loader::elf::{Elf, PvhBootCapability};
-use linux_loader::loader::KernelLoader;
 use vm_memory::{GuestAddress, GuestMemoryMmap, ReadVolatile};
 
 use super::{Boot, Loaded, initrd, memory_map};
@@ -55,7 +55,11 @@ pub(super) fn load<F: Read + ReadVolatile + Seek>(
     let module = initrd.map(|initrd| {
         info.nr_modules = 1;
         info.modlist_paddr = layout::MODULE_LIST;
-        hvm_modlist_entry { paddr: initrd.start, size: initrd.end - initrd.start, ..hvm_modlist_entry::default() }
+        hvm_modlist_entry {
+            paddr: initrd.start,
+            size: initrd.end - initrd.start,
+            ..hvm_modlist_entry::default()
+        }
     });
     let mut params = BootParams::new(&info, GuestAddress(layout::START_INFO));
     params.set_sections(&map, GuestAddress(layout::MEMORY_MAP));

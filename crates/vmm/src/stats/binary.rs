@@ -61,7 +61,8 @@ impl Binary {
     pub(crate) fn read(&self) -> Option<Values> {
         let mut data = vec![0; self.words * 8];
         self.file.read_exact_at(&mut data, self.data_offset).ok()?;
-        let value = |word: usize| Some(u64::from_le_bytes(data.get(word * 8..word * 8 + 8)?.try_into().ok()?));
+        let value =
+            |word: usize| Some(u64::from_le_bytes(data.get(word * 8..word * 8 + 8)?.try_into().ok()?));
         let pair = |counter: &Counter| Some((counter.name.clone(), value(counter.word)?));
         Some(self.counters.iter().filter_map(pair).collect())
     }

@@ -138,7 +138,11 @@ impl Sub<&Self> for VcpuSnapshot {
             outside_ns: self.outside_ns.saturating_sub(earlier.outside_ns),
             guest_ns: self.guest_ns.saturating_sub(earlier.guest_ns),
             host_ns: self.host_ns.saturating_sub(earlier.host_ns),
-            kvm: self.kvm.into_iter().map(|(name, now)| (name.clone(), now.saturating_sub(before(&name)))).collect(),
+            kvm: self
+                .kvm
+                .into_iter()
+                .map(|(name, now)| (name.clone(), now.saturating_sub(before(&name))))
+                .collect(),
         }
     }
 }

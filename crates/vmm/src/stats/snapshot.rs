@@ -201,7 +201,12 @@ mod tests {
             inside_ns: 100 * outside_ns,
             ..VcpuSnapshot::default()
         };
-        let before = Snapshot { at_ns: 10, vcpus: vec![vcpu(3, 1)], queues: vec![queue("a", 5)], ..Snapshot::default() };
+        let before = Snapshot {
+            at_ns: 10,
+            vcpus: vec![vcpu(3, 1)],
+            queues: vec![queue("a", 5)],
+            ..Snapshot::default()
+        };
         let after = Snapshot {
             at_ns: 30,
             vcpus: vec![vcpu(7, 4)],

@@ -67,7 +67,8 @@ impl Kickable<'_> {
     /// Takes note of every kick so far.
     pub(crate) fn answer(&mut self) {
         // SAFETY: as in `Kicker::kick`; `self` holds the descriptor.
-        unsafe { AtomicU8::from_ptr(&raw mut self.fd.get_kvm_run().immediate_exit) }.store(0, Ordering::SeqCst);
+        unsafe { AtomicU8::from_ptr(&raw mut self.fd.get_kvm_run().immediate_exit) }
+            .store(0, Ordering::SeqCst);
     }
 }
 

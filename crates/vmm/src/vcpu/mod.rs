@@ -11,13 +11,13 @@ use kvm_ioctls::{VcpuExit, VcpuFd};
 use reactor::Clock;
 use rustix::thread::{CpuSet, sched_setaffinity};
 
+use crate::Error;
 use crate::bus::Bus;
 use crate::kvm::Vm;
 use crate::power::{Outcome, Power};
 use crate::raw;
 use crate::stats::binary::Binary;
 use crate::stats::{VcpuCounters, VcpuSnapshot, sampled};
-use crate::Error;
 
 use kick::{Kickable, Kicker};
 pub(crate) use registers::{Entry, GDT};

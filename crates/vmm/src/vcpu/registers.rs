@@ -39,8 +39,7 @@ const DATA_SELECTOR: u16 = 0x18;
 const TSS_SELECTOR: u16 = 0x20;
 
 /// The GDT that those selectors refer to: flat segments, code in 64-bit mode.
-pub(crate) const GDT: [u64; 5] =
-    [0, 0, 0x00AF_9B00_0000_FFFF, 0x00CF_9300_0000_FFFF, 0x0000_8B00_0000_0067];
+pub(crate) const GDT: [u64; 5] = [0, 0, 0x00AF_9B00_0000_FFFF, 0x00CF_9300_0000_FFFF, 0x0000_8B00_0000_0067];
 
 /// Prepares virtual CPU `index` of `count`.
 pub(crate) fn prepare(
@@ -69,7 +68,8 @@ pub(crate) fn prepare(
     sregs.cs = segment(CODE_SELECTOR, CODE, long);
     let data = segment(DATA_SELECTOR, DATA, false);
     (sregs.ds, sregs.es, sregs.ss, sregs.fs, sregs.gs) = (data, data, data, data, data);
-    sregs.tr = kvm_segment { limit: 0x67, type_: TSS_BUSY, s: 0, g: 0, db: 0, ..segment(TSS_SELECTOR, 0, false) };
+    sregs.tr =
+        kvm_segment { limit: 0x67, type_: TSS_BUSY, s: 0, g: 0, db: 0, ..segment(TSS_SELECTOR, 0, false) };
     sregs.gdt.base = layout::GDT;
     sregs.gdt.limit = (size_of_val(&GDT) - 1) as u16;
     sregs.idt.base = 0;

@@ -52,7 +52,8 @@ impl Program {
     }
 
     fn print_from_esi(self, bytes: u32) -> Self {
-        self.bytes(&[0xB9]).word(bytes) // mov ecx, bytes
+        self.bytes(&[0xB9])
+            .word(bytes) // mov ecx, bytes
             .bytes(&[0x66, 0xBA, 0xF8, 0x03]) // mov dx, 0x3F8
             .bytes(&[0xFC, 0xF3, 0x6E]) // cld; rep outsb
     }
