@@ -166,7 +166,7 @@ impl Machine {
         self.console.input(bytes)
     }
 
-    /// What was counted so far. Queues that have stopped count nothing any more.
+    /// What was counted so far.
     #[must_use]
     pub fn snapshot(&self) -> Snapshot {
         self.counted.snapshot()
@@ -218,9 +218,11 @@ impl Counted {
 impl Attached {
     fn queues(&self) -> Vec<QueueSnapshot> {
         let queues = self.function.counters().into_iter().zip(self.doorbells.counters());
-        let snapshot = |(queue, (counters, doorbell))| {
-            let (device, counters) = (self.label.clone(), Option::unwrap_or_default(counters));
-            QueueSnapshot { device, queue, counters, doorbell }
+        let snapshot = |(queue, (counters, doorbell))| QueueSnapshot {
+            device: self.label.clone(),
+            queue,
+            counters,
+            doorbell,
         };
         (0..).zip(queues).map(snapshot).collect()
     }

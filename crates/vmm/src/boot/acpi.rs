@@ -59,8 +59,7 @@ fn append(bytes: &mut Vec<u8>, table: &dyn Aml) -> u64 {
 
 /// Fixed hardware (section 5.2.9): a PM1 block that can switch off, the reset register, what else of a PC there is.
 fn fadt(facs: u64, dsdt: u64) -> impl Aml {
-    /// `IAPC_BOOT_ARCH`: there is a keyboard controller; there is no VGA.
-    const BOOT_8042: u16 = 1 << 1;
+    /// `IAPC_BOOT_ARCH`: there is no VGA. Nor is there a keyboard, which kernels would wait for in vain if bit 1 said so.
     const BOOT_NO_VGA: u16 = 1 << 2;
     const RESET: u8 = 6;
     let mut fadt = FADTBuilder::new(OEM, OEM_TABLE, OEM_REVISION)
@@ -81,7 +80,7 @@ fn fadt(facs: u64, dsdt: u64) -> impl Aml {
     fadt.p_lvl2_lat = 0xFFF.into();
     fadt.p_lvl3_lat = 0xFFF.into();
     fadt.century = 0x32;
-    fadt.iapc_boot_arch = (BOOT_8042 | BOOT_NO_VGA).into();
+    fadt.iapc_boot_arch = BOOT_NO_VGA.into();
     fadt.reset_reg = GAS::new(GasSpace::SystemIo, 8, 0, AccessSize::ByteAccess, layout::RESET_PORT.into());
     fadt.reset_value = RESET;
     fadt.finalize()

@@ -115,7 +115,7 @@ fn a_queue_that_is_enabled_later_starts_at_once() {
     driver.exercise(3);
     driver.add_ring(1, 256, 2);
     driver.exercise(3);
-    assert_eq!(machine.devices[0].counters().iter().flatten().count(), 2);
+    assert!(machine.devices[0].counters().iter().all(|queue| queue.requests >= 3));
 }
 
 #[test]

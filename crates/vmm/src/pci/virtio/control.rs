@@ -214,8 +214,8 @@ impl Control {
         self.start_all();
     }
 
-    pub(crate) fn counters(&self) -> Vec<Option<QueueCounters>> {
-        (0..self.queues()).map(|index| self.queues.counters(index)).collect()
+    pub(crate) fn counters(&self) -> Vec<QueueCounters> {
+        (0..self.queues()).filter_map(|index| self.queues.lifetime_counters(index)).collect()
     }
 
     fn start_all(&mut self) {

@@ -159,9 +159,9 @@ impl VirtioPci {
         self.common().control.resume();
     }
 
-    /// The counters of the queues that run. Waits while queues start or stop.
+    /// What the queues have counted since the device was made, by queue. Waits while queues start or stop.
     #[must_use]
-    pub fn counters(&self) -> Vec<Option<QueueCounters>> {
+    pub fn counters(&self) -> Vec<QueueCounters> {
         self.common().control.counters()
     }
 
