@@ -17,6 +17,8 @@ pub(crate) enum Need {
     Program(&'static str),
     /// A kernel for QEMU guests, with its modules.
     PcKernel,
+    /// The same kernel, with KVM for AMD processors.
+    HostKernel,
     /// User-Mode Linux with its virtio block driver.
     UmlKernel,
 }
@@ -61,6 +63,7 @@ fn missing(needs: &[Need]) -> Option<String> {
     let unmet = needs.iter().find_map(|need| match need {
         Need::Program(name) => program(name).is_none().then(|| format!("no {name} installed")),
         Need::PcKernel => kernel::pc().err(),
+        Need::HostKernel => kernel::host().err(),
         Need::UmlKernel => kernel::uml().err(),
     });
     unmet
