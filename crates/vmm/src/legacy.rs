@@ -140,6 +140,9 @@ impl Handler for Cmos {
     }
 }
 
+/// The register that holds the century; ACPI says where it is.
+pub(crate) const CMOS_CENTURY: u8 = 0x32;
+
 /// A CMOS register (MC146818) at `seconds` after 1970.
 fn register(index: u8, seconds: u64) -> u8 {
     const DAY: u64 = 24 * 60 * 60;
@@ -153,7 +156,7 @@ fn register(index: u8, seconds: u64) -> u8 {
         0x07 => bcd(day),
         0x08 => bcd(month),
         0x09 => bcd(year % 100),
-        0x32 => bcd(year / 100),
+        CMOS_CENTURY => bcd(year / 100),
         // Register A: a 32 kHz crystal, no update in progress. B: 24 hours, in BCD. D: the battery is good.
         0x0A => 0x26,
         0x0B => 0x02,
@@ -230,7 +233,7 @@ mod tests {
 
     #[test]
     fn the_clock_counts_as_calendars_do() {
-        let day = |seconds| [0x32, 9, 8, 7, 6].map(|index| register(index, seconds));
+        let day = |seconds| [CMOS_CENTURY, 9, 8, 7, 6].map(|index| register(index, seconds));
         assert_eq!(day(0), [0x19, 0x70, 1, 1, 5], "a Thursday");
         assert_eq!(day(951_782_400), [0x20, 0x00, 2, 0x29, 3], "a leap day at the end of a cycle");
         assert_eq!(day(4_107_542_400), [0x21, 0x00, 3, 1, 2], "and a century without one");

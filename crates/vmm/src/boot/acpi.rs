@@ -9,7 +9,7 @@ use acpi_tables::aml::{
     ResourceTemplate, Scope, ZERO,
 };
 use acpi_tables::facs::FACS;
-use acpi_tables::fadt::{FADTBuilder, Flags};
+use acpi_tables::fadt::Flags;
 use acpi_tables::gas::{AccessSize, AddressSpace as GasSpace, GAS};
 use acpi_tables::madt::{EnabledStatus, IoApic, ProcessorLocalApic};
 use acpi_tables::mcfg::MCFG;
@@ -18,7 +18,7 @@ use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
 
 use crate::layout;
-use crate::legacy::SLEEP_TYPE_OFF;
+use crate::legacy::{CMOS_CENTURY, SLEEP_TYPE_OFF};
 
 const OEM: [u8; 6] = *b"EXITLS";
 const OEM_TABLE: [u8; 8] = *b"EXITLESS";
@@ -57,33 +57,39 @@ fn append(bytes: &mut Vec<u8>, table: &dyn Aml) -> u64 {
     at
 }
 
-/// Fixed hardware (section 5.2.9): a PM1 block that can switch off, the reset register, what else of a PC there is.
-fn fadt(facs: u64, dsdt: u64) -> impl Aml {
-    /// `IAPC_BOOT_ARCH`: there is no VGA. Nor is there a keyboard, which kernels would wait for in vain if bit 1 said so.
+/// Fixed hardware (section 5.2.9, where the offsets are from): a PM1 register group that can switch off, the reset
+/// register, what else of a PC there is.
+fn fadt(facs: u64, dsdt: u64) -> Sdt {
+    const BYTES: u32 = 276;
+    const MINOR_VERSION: u8 = 5;
+    /// There is no VGA. Nor is there a keyboard, which kernels would wait for in vain if bit 1 said so.
     const BOOT_NO_VGA: u16 = 1 << 2;
+    /// Longer than states C2 and C3 may take to leave: there are none.
+    const NEVER_US: u16 = 0xFFF;
     const RESET: u8 = 6;
-    let mut fadt = FADTBuilder::new(OEM, OEM_TABLE, OEM_REVISION)
-        .firmware_ctrl_32(facs as u32)
-        .dsdt_32(dsdt as u32)
-        .flag(Flags::Wbinvd)
-        .flag(Flags::ProcC1)
-        .flag(Flags::PwrButton)
-        .flag(Flags::SlpButton)
-        .flag(Flags::FixRtc)
-        .flag(Flags::ResetRegSup);
-    fadt.sci_int = layout::SCI_IRQ.into();
-    fadt.pm1a_evt_blk = (layout::PM1.start as u32).into();
-    fadt.pm1_evt_len = 4;
-    fadt.pm1a_cnt_blk = (layout::PM1.start as u32 + 4).into();
-    fadt.pm1_cnt_len = 2;
-    // Longer than any C2 or C3 may take: there are none.
-    fadt.p_lvl2_lat = 0xFFF.into();
-    fadt.p_lvl3_lat = 0xFFF.into();
-    fadt.century = 0x32;
-    fadt.iapc_boot_arch = BOOT_NO_VGA.into();
-    fadt.reset_reg = GAS::new(GasSpace::SystemIo, 8, 0, AccessSize::ByteAccess, layout::RESET_PORT.into());
-    fadt.reset_value = RESET;
-    fadt.finalize()
+    let flags =
+        [Flags::Wbinvd, Flags::ProcC1, Flags::PwrButton, Flags::SlpButton, Flags::FixRtc, Flags::ResetRegSup];
+    let mut table = Sdt::new(*b"FACP", BYTES, 6, OEM, OEM_TABLE, OEM_REVISION);
+    table.write_u32(36, facs as u32);
+    table.write_u32(40, dsdt as u32);
+    table.write_u16(46, layout::SCI_IRQ);
+    // PM1a: its events, 4 bytes, and its control register, 2 bytes.
+    table.write_u32(56, layout::PM1.start as u32);
+    table.write_u32(64, layout::PM1.start as u32 + 4);
+    table.write_u8(88, 4);
+    table.write_u8(89, 2);
+    table.write_u16(96, NEVER_US);
+    table.write_u16(98, NEVER_US);
+    table.write_u8(108, CMOS_CENTURY);
+    table.write_u16(109, BOOT_NO_VGA);
+    table.write_u32(112, flags.into_iter().fold(0, |all, flag| all | flag as u32));
+    let mut register = Vec::new();
+    GAS::new(GasSpace::SystemIo, 8, 0, AccessSize::ByteAccess, layout::RESET_PORT.into())
+        .to_aml_bytes(&mut register);
+    table.write_bytes(116, &register);
+    table.write_u8(128, RESET);
+    table.write_u8(131, MINOR_VERSION);
+    table
 }
 
 /// Interrupt controllers (section 5.2.12).
