@@ -23,13 +23,14 @@ pub fn run(data: &[u8]) {
     let mut fake = FakeDriver::new(FakeOptions {
         format: if choice & 2 != 0 { RingFormat::Packed } else { RingFormat::Split },
         size: 16,
-        memory_bytes: 256 << 10,
+        // 64 requests of at most 4 buffers of 2 KiB.
+        memory_bytes: 1 << 20,
         device_features: if choice & 4 != 0 { disk.features() } else { 0 },
         ..FakeOptions::default()
     });
     let _ = disk.write_config(u32::from(input.u8()), input.bytes(1));
     let (queue, handle) = fake.queue();
-    let mut poller = disk.start_queue(queue)();
+    let mut poller = (disk.start_queue(queue).expect("it needs nothing"))();
     let mut requests = 0;
     while !input.is_empty() && requests < 64 {
         let buffers = buffers(&mut fake, &mut input);

@@ -6,6 +6,7 @@ use std::net::Shutdown;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
@@ -47,6 +48,9 @@ pub fn run(data: &[u8]) {
 fn server() -> &'static PathBuf {
     static SOCKET: OnceLock<PathBuf> = OnceLock::new();
     SOCKET.get_or_init(|| {
+        // Rust programs ignore it, and the fuzzer's main function is none.
+        let seen = Arc::new(AtomicBool::new(false));
+        signal_hook::flag::register(signal_hook::consts::SIGPIPE, seen).expect("a signal can be caught");
         let socket = std::env::temp_dir().join(format!("exitless-fuzz-{}", std::process::id()));
         let device = Arc::new(rng::Rng::new(None));
         let pool = Arc::new(Pool::start(reactor::Options::default()).expect("an I/O thread"));

@@ -1,18 +1,20 @@
 //! Every input the fuzzer ever found interesting, or that once broke something, runs with every `cargo test`.
 
+use std::panic::catch_unwind;
 use std::path::Path;
 
 fn replay(target: &str, run: fn(&[u8])) {
     let corpus = Path::new(env!("CARGO_MANIFEST_DIR")).join("corpus").join(target);
-    let mut count = 0;
+    let mut inputs = Vec::new();
     for entry in std::fs::read_dir(&corpus).expect("the corpus folder is there") {
-        let path = entry.expect("the corpus folder can be listed").path();
-        let data = std::fs::read(&path).expect("a corpus file can be read");
-        println!("{}", path.display());
-        run(&data);
-        count += 1;
+        inputs.push(entry.expect("the corpus folder can be listed").path());
     }
-    assert!(count > 0, "no inputs in {}", corpus.display());
+    assert!(!inputs.is_empty(), "no inputs in {}", corpus.display());
+    inputs.retain(|path| {
+        let data = std::fs::read(path).expect("a corpus file can be read");
+        catch_unwind(|| run(&data)).is_err()
+    });
+    assert!(inputs.is_empty(), "these inputs break it: {inputs:?}");
 }
 
 #[test]

@@ -16,9 +16,10 @@ use std::time::{Duration, Instant};
 
 use blk::{Blk, Options, Spec};
 use reactor::{Budget, Poller, Ticks, Work};
-use virtio::memory::{Area, GuestAddr, Mapping, Memory, Region};
+use virtio::fake::{FakeDriver, FakeOptions};
+use virtio::memory::{Area, GuestAddr};
 use virtio::ring::{Buffer, DriverRing, Token, Used};
-use virtio::{Device, PollerBuilder, Queue, QueueConfig, RingConfig, RingFormat};
+use virtio::{Device, PollerBuilder, Queue, RingFormat};
 
 const RING_SIZE: u16 = 256;
 const BLOCK_BYTES: u64 = 4096;
@@ -84,46 +85,23 @@ struct Case {
 
 impl Case {
     fn ends(&self, ring_only: bool) -> (PollerBuilder, Driver) {
-        let (mapping, _) = Mapping::anonymous("blk_floor", MEMORY_BYTES).expect("memory");
-        let region = Region::new(GuestAddr(0), Arc::new(mapping)).expect("region");
-        let memory = Arc::new(Memory::new(vec![region]).expect("map"));
-        let [desc, driver, _] = DriverRing::layout(self.format, RING_SIZE);
-        let ring = RingConfig {
+        let disk = Blk::new(self.disk.open(false).expect("disk"), Options::default()).expect("options");
+        let guest = FakeDriver::new(FakeOptions {
             format: self.format,
             size: RING_SIZE,
-            desc: GuestAddr(0),
-            driver: GuestAddr(desc as u64),
-            device: GuestAddr((desc + driver) as u64),
-            event_idx: false,
-            indirect: false,
             in_order: self.in_order,
-        };
-        let disk = Blk::new(self.disk.open(false).expect("disk"), Options::default()).expect("options");
-        let (queue, _handle) = Queue::new(QueueConfig {
-            index: 0,
-            features: u64::MAX,
-            ring,
-            state: None,
-            memory: memory.clone(),
-            kick: virtio::Kick::Wake,
-            call: None,
-            log: None,
-            inflight: None,
-            on_error: None,
-        })
-        .expect("queue");
-        let driver = Driver {
-            ring: DriverRing::new(&ring, &memory).expect("ring"),
-            // Header and status share a cache line, as in Linux's `struct virtblk_req`.
-            requests: memory
-                .area(GuestAddr(REQUESTS_AT), 64 * usize::from(RING_SIZE), 64)
-                .expect("in memory"),
-            blocks: disk.bytes() / BLOCK_BYTES,
-            random: 0x9E37_79B9_7F4A_7C15,
-        };
+            memory_bytes: MEMORY_BYTES,
+            device_features: disk.features(),
+            ..FakeOptions::default()
+        });
+        let (queue, _handle) = guest.queue();
+        // Header and status share a cache line, as in Linux's `struct virtblk_req`.
+        let requests = guest.area(GuestAddr(REQUESTS_AT), 64 * usize::from(RING_SIZE));
+        let blocks = disk.bytes() / BLOCK_BYTES;
+        let driver = Driver { ring: guest.ring, requests, blocks, random: 0x9E37_79B9_7F4A_7C15 };
         let ring_alone =
             |queue| -> PollerBuilder { Box::new(|| Box::new(RingOnly(queue, Vec::with_capacity(64)))) };
-        (if ring_only { ring_alone(queue) } else { disk.start_queue(queue) }, driver)
+        (if ring_only { ring_alone(queue) } else { disk.start_queue(queue).expect("storage") }, driver)
     }
 
     fn run(&self, duration: Duration) -> (f64, f64) {

@@ -1,7 +1,7 @@
 //! The contract between the virtio-blk device and its storage.
 //!
-//! A [`Backend`] is shared by all queues; each queue's I/O thread opens its own [`Channel`] on it and is the only one
-//! to use that. Work goes down in bursts ([`Channel::submit`]) and comes back in bursts ([`Channel::reap`]), so one
+//! A [`Backend`] is shared by all queues; each queue has a [`Channel`] of its own on it, which its I/O thread opens and is
+//! the only one to use. Work goes down in bursts ([`Channel::submit`]) and comes back in bursts ([`Channel::reap`]), so one
 //! virtual call serves many requests.
 
 use std::os::fd::RawFd;
@@ -115,17 +115,24 @@ pub struct Done {
 #[error("{0}")]
 pub struct BackendError(pub String);
 
+/// Opens a queue's way to the storage, on the I/O thread that will use it.
+///
+/// # Errors
+/// A resource is missing; the queue then answers every request with an I/O error.
+pub type ChannelBuilder = Box<dyn FnOnce() -> Result<Box<dyn Channel>, BackendError> + Send>;
+
 /// Storage, shared by the queues of a device.
 pub trait Backend: Send + Sync {
     /// What kind of storage this is, now.
     fn geometry(&self) -> Geometry;
 
-    /// Opens a queue's way to the storage. Called on the I/O thread that will use it. `memory` is the guest's, in
-    /// which all buffers lie; `depth` is the most requests that are ever in flight.
+    /// Prepares a queue's way to the storage. Called on a control thread, where it may wait; what it returns must not,
+    /// and holds whatever must be had for as long as the channel. `memory` is the guest's, in which all buffers lie;
+    /// `depth` is the most requests that are ever in flight.
     ///
     /// # Errors
-    /// A resource is missing; the queue then answers every request with an I/O error.
-    fn channel(&self, memory: &Arc<Memory>, depth: u16) -> Result<Box<dyn Channel>, BackendError>;
+    /// The storage is not to be had now: the queue does not start.
+    fn channel(&self, memory: &Arc<Memory>, depth: u16) -> Result<ChannelBuilder, BackendError>;
 
     /// Grows or shrinks the storage, or takes over a size that it was given from outside (`bytes` None). Requests
     /// that were checked against a larger size may still be under way; they fail or not, but do no harm.

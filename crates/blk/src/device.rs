@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use virtio::{ConfigError, ConfigListener, Device, PollerBuilder, Queue, StateError};
+use virtio::{ConfigError, ConfigListener, Device, NotReady, PollerBuilder, Queue, StateError};
 
 use crate::backend::{Backend, BackendError, Geometry};
 use crate::config::{self, WRITEBACK_OFFSET};
@@ -237,12 +237,14 @@ impl Device for Blk {
         *self.listener.lock().unwrap_or_else(PoisonError::into_inner) = listener;
     }
 
-    fn start_queue(&self, queue: Queue) -> PollerBuilder {
+    fn start_queue(&self, queue: Queue) -> Result<PollerBuilder, NotReady> {
+        let channel = self.shared.backend.channel(queue.memory(), queue.size());
+        let channel = channel.map_err(|error| NotReady(error.to_string()))?;
         let shared = self.shared.clone();
         let offered = self.features;
         // A transport starts no queue that the device does not have; if one did, its figures would go nowhere.
         let stats = self.stats.get(usize::from(queue.index())).cloned().unwrap_or_default();
-        Box::new(move || Box::new(Worker::new(queue, shared, offered, stats)))
+        Ok(Box::new(move || Box::new(Worker::new(queue, channel, shared, offered, stats))))
     }
 
     fn reset(&self) {

@@ -22,7 +22,7 @@ pub mod spec;
 mod stats;
 mod worker;
 
-pub use backend::{Backend, BackendError, Channel, Done, Geometry, Op, OpKind, Status};
+pub use backend::{Backend, BackendError, Channel, ChannelBuilder, Done, Geometry, Op, OpKind, Status};
 pub use device::{Blk, Options, OptionsError};
 pub use rate::RateLimit;
 pub use spec::{Spec, SpecError};

@@ -9,7 +9,7 @@ use std::str::FromStr;
 use std::sync::Arc;
 
 use crate::backend::{Backend, BackendError};
-use crate::backends::file::{Direct, Engine, File, FileOptions};
+use crate::backends::file::{Direct, Engine, File, FileOptions, Lock};
 use crate::backends::memory::Memory;
 use crate::backends::null::Null;
 use crate::backends::qcow2::{Qcow2, Qcow2Options};
@@ -216,7 +216,14 @@ fn file_options<'a>(given: impl Iterator<Item = (&'a str, &'a str)>) -> Result<F
                     _ => return Err(bad("engine", "auto, uring or inline")),
                 }
             }
-            "lock" => options.lock = on_off("lock", value)?,
+            "lock" => {
+                options.lock = match value {
+                    "on" | "" => Lock::On,
+                    "late" => Lock::Late,
+                    "off" => Lock::Off,
+                    _ => return Err(bad("lock", "on, late or off")),
+                }
+            }
             "fixed-buffers" => options.fixed_buffers = on_off("fixed-buffers", value)?,
             "sqpoll" => options.sqpoll_ms = Some(number("sqpoll", value, "1 to 60000 milliseconds", 60_000)?),
             _ => {
@@ -283,8 +290,10 @@ impl fmt::Display for Spec {
                     Engine::Uring => f.write_str(",engine=uring")?,
                     Engine::Inline => f.write_str(",engine=inline")?,
                 }
-                if options.lock != default.lock {
-                    write!(f, ",lock={}", on_off(options.lock))?;
+                match options.lock {
+                    Lock::On => {}
+                    Lock::Late => f.write_str(",lock=late")?,
+                    Lock::Off => f.write_str(",lock=off")?,
                 }
                 if options.fixed_buffers != default.fixed_buffers {
                     write!(f, ",fixed-buffers={}", on_off(options.fixed_buffers))?;
@@ -326,7 +335,7 @@ mod tests {
             "mem:2G,huge=off",
             "file:/dev/sdb",
             "file:a,,b.img,direct=on,engine=uring,lock=off,fixed-buffers=on,sqpoll=100",
-            "file:x,direct=off,engine=inline",
+            "file:x,direct=off,engine=inline,lock=late",
             "qcow2:/images/a.qcow2",
             "qcow2:a,direct=on,backing=on,lock=off,threads=8",
         ] {
@@ -356,7 +365,7 @@ mod tests {
     #[test]
     fn paths_may_have_commas_and_colons() {
         let Spec::File { path, options } = "file:/a:b,,c,lock=off".parse().unwrap() else { panic!("a file") };
-        assert_eq!((path, options.lock), (PathBuf::from("/a:b,c"), false));
+        assert_eq!((path, options.lock), (PathBuf::from("/a:b,c"), Lock::Off));
     }
 
     #[test]
@@ -372,6 +381,7 @@ mod tests {
             ("file:", "a path"),
             ("file:x,direct=maybe", "auto, on or off"),
             ("file:x,sqpoll=0", "1 to 60000"),
+            ("file:x,lock=maybe", "on, late or off"),
             ("file:x,cache=none", "direct, engine"),
             ("qcow2:x,threads=65", "1 to 64"),
         ] {

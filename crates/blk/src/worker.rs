@@ -8,7 +8,7 @@ use virtio::Queue;
 use virtio::memory::{scatter, total_len};
 use virtio::ring::{Token, Used};
 
-use crate::backend::{Channel, Done, Op, OpKind, Status, Unreachable};
+use crate::backend::{Channel, ChannelBuilder, Done, Op, OpKind, Status, Unreachable};
 use crate::config::features;
 use crate::device::Shared;
 use crate::follow::FollowUps;
@@ -79,9 +79,15 @@ pub(crate) struct Worker {
 }
 
 impl Worker {
-    pub(crate) fn new(queue: Queue, shared: Arc<Shared>, offered: u64, stats: Arc<Stats>) -> Self {
+    pub(crate) fn new(
+        queue: Queue,
+        channel: ChannelBuilder,
+        shared: Arc<Shared>,
+        offered: u64,
+        stats: Arc<Stats>,
+    ) -> Self {
         let size = queue.size();
-        let channel = shared.backend.channel(queue.memory(), size).unwrap_or_else(|error| {
+        let channel = channel().unwrap_or_else(|error| {
             tracing::error!(queue = queue.index(), %error, "storage cannot be reached: every request will fail");
             Box::new(Unreachable)
         });

@@ -9,7 +9,10 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use blk::backends::{memory, null::Null};
 use blk::config::features;
-use blk::{Backend, BackendError, Blk, Channel, Done, Geometry, Op, OpKind, Options, RateLimit, Status};
+use blk::{
+    Backend, BackendError, Blk, Channel, ChannelBuilder, Done, Geometry, Op, OpKind, Options, RateLimit,
+    Status,
+};
 use fake::{
     BUDGET, DISCARD, FLUSH, GET_ID, IN, IO_ERROR, OK, OUT, Rig, Ring, SECURE_ERASE, UNSUPPORTED,
     WRITE_ZEROES, header, pattern, range,
@@ -51,7 +54,7 @@ fn a_full_ring_of_requests_is_answered_in_bursts() {
         for request in sent {
             assert_eq!(rig.wait(request).status(), OK);
         }
-        assert_eq!(rig.driver.free(), usize::from(ring.size));
+        assert_eq!(rig.guest.ring.free(), usize::from(ring.size));
     }
 }
 
@@ -279,8 +282,9 @@ impl Backend for Recorder {
         Geometry { flush: true, write_zeroes: true, ..Geometry::new(MIB) }
     }
 
-    fn channel(&self, _: &Arc<virtio::Memory>, _: u16) -> Result<Box<dyn Channel>, BackendError> {
-        Ok(Box::new(Self(self.0.clone())))
+    fn channel(&self, _: &Arc<virtio::Memory>, _: u16) -> Result<ChannelBuilder, BackendError> {
+        let record = self.0.clone();
+        Ok(Box::new(|| Ok(Box::new(Self(record)))))
     }
 
     fn resize(&self, _: Option<u64>) -> Result<Geometry, BackendError> {
@@ -366,8 +370,8 @@ impl Backend for Broken {
         Geometry { flush: true, ..Geometry::new(MIB) }
     }
 
-    fn channel(&self, _: &Arc<virtio::Memory>, _: u16) -> Result<Box<dyn Channel>, BackendError> {
-        Err(BackendError("opening a channel: broken on purpose".into()))
+    fn channel(&self, _: &Arc<virtio::Memory>, _: u16) -> Result<ChannelBuilder, BackendError> {
+        Ok(Box::new(|| Err(BackendError("opening a channel: broken on purpose".into()))))
     }
 
     fn resize(&self, _: Option<u64>) -> Result<Geometry, BackendError> {

@@ -1,4 +1,4 @@
-//! What is particular to files: locks, sizes, what becomes of one that others change.
+//! What is particular to files: sizes, what becomes of one that others change.
 #![allow(clippy::unwrap_used, reason = "tests")]
 
 mod fake;
@@ -34,20 +34,6 @@ impl Drop for Scratch {
 
 fn read_only() -> FileOptions {
     FileOptions { read_only: true, ..FileOptions::default() }
-}
-
-#[test]
-fn an_image_has_one_writer_or_many_readers() {
-    let file = Scratch::on_disk("lock", 1 << 20);
-    let writer = File::open(&file.0, FileOptions::default()).unwrap();
-    let error = File::open(&file.0, FileOptions::default()).unwrap_err().to_string();
-    assert!(error.contains("another process uses it"), "{error}");
-    assert!(File::open(&file.0, read_only()).is_err());
-    File::open(&file.0, FileOptions { lock: false, ..FileOptions::default() }).unwrap();
-    drop(writer);
-    let _one = File::open(&file.0, read_only()).unwrap();
-    let _two = File::open(&file.0, read_only()).unwrap();
-    assert!(File::open(&file.0, FileOptions::default()).is_err());
 }
 
 #[test]

@@ -88,7 +88,7 @@ proptest! {
             }
         }
         prop_assert!(rig.handle.error().is_none());
-        prop_assert_eq!(rig.driver.free(), 256);
+        prop_assert_eq!(rig.guest.ring.free(), 256);
         if read_only && keeps {
             let zeros = vec![0; 4096];
             for sector in (0..DISK_BYTES / 512).step_by(8) {

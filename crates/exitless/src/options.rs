@@ -116,8 +116,11 @@ pub struct BlkOptions {
     /// What the disk is stored in: `file:PATH` (raw file or block device), `qcow2:PATH`, `mem:SIZE`, `null:SIZE`.
     ///
     /// Options follow after commas; a comma in a path is written twice.
-    /// `file`: direct=auto|on|off, engine=auto|uring|inline, lock=on|off, fixed-buffers=on|off, sqpoll=MS.
+    /// `file`: direct=auto|on|off, engine=auto|uring|inline, lock=on|late|off, fixed-buffers=on|off, sqpoll=MS.
     /// `qcow2`: direct=on|off, backing=on|off, lock=on|off, threads=COUNT. `mem`: huge=on|off.
+    ///
+    /// lock=on keeps the image for this service. lock=late opens one that another service uses, and takes it when its
+    /// guest arrives by live migration. lock=off lets anybody write it at any time.
     #[arg(long, value_name = "SPEC", display_order = 1)]
     pub backend: Spec,
 

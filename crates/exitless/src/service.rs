@@ -1,15 +1,15 @@
 //! A service: devices behind their sockets, from the first one that is ready to the last request that is completed.
 
 use std::num::NonZeroU16;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::os::unix::fs::chown;
 use std::path::Path;
 use std::sync::Arc;
-use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
 use anyhow::{Context, anyhow};
 use reactor::placement::{self, Wish};
-use reactor::{Machine, Pool};
+use reactor::{Machine, Mode, Pool};
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use vhost_user::{Server, ServerHandle};
@@ -17,18 +17,21 @@ use virtio::QueueSet;
 
 use crate::control::{self, ControlSocket, DeviceInfo, DeviceStats, QueueStats, Request, Response, Stats};
 use crate::device::{AnyDevice, withheld};
+use crate::drain::ControlThreads;
 use crate::failure::Failure;
 use crate::group;
 use crate::options::{DeviceOptions, ServiceOptions, SocketOptions};
 use crate::report::{Event, Ready, Reporter};
-use crate::stop::{StopHandle, StopSignals};
+use crate::stop::StopSignals;
 
-/// Control threads need no deep stacks.
-const STACK_BYTES: usize = 256 << 10;
+/// How long requests in flight may take to complete when the service ends. Less than what service managers wait before
+/// they kill (systemd: 90 s), so that the reason is told.
+const DRAIN_MAX: Duration = Duration::from_secs(30);
 /// Permissions of a socket unless told otherwise: its owner's.
 const SOCKET_MODE: u32 = 0o600;
 
-/// Serves `devices` until a signal says to end, and then until every request in flight is completed.
+/// Serves `devices` until a signal says to end, and then until every request in flight is completed, or storage was
+/// waited for long enough.
 pub(crate) fn serve(options: ServiceOptions, devices: Vec<DeviceOptions>) -> Result<(), Failure> {
     let reporter = Reporter { json: options.json };
     let mut signals = StopSignals::install().context("cannot catch signals")?;
@@ -39,7 +42,7 @@ pub(crate) fn serve(options: ServiceOptions, devices: Vec<DeviceOptions>) -> Res
     let pool = Arc::new(Pool::start_on(&machine, pool).map_err(Failure::usage)?);
     let queues = queues_by_default(&wish);
 
-    let mut running = Vec::new();
+    let mut servers = Vec::new();
     let mut board = Vec::new();
     let stop = Arc::new(
         eventfd(0, EventfdFlags::CLOEXEC)
@@ -48,11 +51,17 @@ pub(crate) fn serve(options: ServiceOptions, devices: Vec<DeviceOptions>) -> Res
     for device in &devices {
         let (entry, server) = Entry::open(device, queues, &pool)?;
         board.push(entry);
-        running.push(Running::new(server, device.socket().name()));
+        servers.push((device.socket().name(), server));
     }
     let control = options.control.as_deref().map(ControlSocket::listen).transpose()?;
-    for device in &mut running {
-        device.start(&stop, signals.handle())?;
+    let mut threads = ControlThreads::new();
+    for (name, server) in servers {
+        let (stop, ended) = (stop.clone(), signals.handle());
+        threads.start(name, move || {
+            // If it ends before it is told to, the service does too.
+            let _ended = ended;
+            server.run(stop.as_fd())
+        })?;
     }
     for ready in readiness(&board, &pool, &machine, &wish) {
         reporter.tell(&Event::Ready(&ready));
@@ -69,7 +78,7 @@ pub(crate) fn serve(options: ServiceOptions, devices: Vec<DeviceOptions>) -> Res
     }
     drop(control);
     rustix::io::write(&*stop, &1_u64.to_ne_bytes()).map_err(|errno| anyhow!(errno).context("cannot stop"))?;
-    running.into_iter().try_for_each(Running::join)?;
+    threads.join(DRAIN_MAX)?;
     pool.stop().context("cannot stop the I/O threads")?;
     if signal.is_none() {
         return Err(Failure::Runtime(anyhow!("a device's control thread has ended")));
@@ -147,6 +156,8 @@ impl Entry {
         let mut at = vhost_user::Options::new(&socket.socket);
         at.socket_mode = socket.socket_mode.unwrap_or(SOCKET_MODE);
         at.without = withheld(options);
+        // Where nobody sleeps, a page that guests write to instead of kicking saves them the exit.
+        at.host_notifier = socket.poll == Mode::Poll;
         let server = Server::new(set, &at).with_context(|| format!("device `{name}`"))?;
         if let Some(group) = group {
             give_to_group(&socket.socket, group)?;
@@ -222,40 +233,5 @@ impl Board {
             anyhow!("there is no device `{name}`; there are {}", names.join(", "))
         })?;
         act(&found.device).with_context(|| format!("device `{name}`"))
-    }
-}
-
-/// A device's server, before it runs and while it does on its control thread.
-struct Running {
-    name: String,
-    server: Option<Server>,
-    thread: Option<JoinHandle<Result<(), vhost_user::Error>>>,
-}
-
-impl Running {
-    fn new(server: Server, name: String) -> Self {
-        Self { name, server: Some(server), thread: None }
-    }
-
-    /// Serves until `stop` becomes readable. If it ends before that, it says so through `ended`.
-    fn start(&mut self, stop: &Arc<OwnedFd>, ended: StopHandle) -> anyhow::Result<()> {
-        let Some(server) = self.server.take() else { return Ok(()) };
-        let stop = stop.clone();
-        let run = move || {
-            let _ended = ended;
-            server.run(stop.as_fd())
-        };
-        let thread = thread::Builder::new().name("vhost-user".to_owned()).stack_size(STACK_BYTES).spawn(run);
-        self.thread = Some(thread.context("cannot start a control thread")?);
-        Ok(())
-    }
-
-    /// Waits until it has ended, and with it everything that was in flight.
-    fn join(self) -> anyhow::Result<()> {
-        let Some(thread) = self.thread else { return Ok(()) };
-        match thread.join() {
-            Ok(result) => result.with_context(|| format!("device `{}`", self.name)),
-            Err(_) => Err(anyhow!("device `{}`: its control thread panicked", self.name)),
-        }
     }
 }

@@ -64,6 +64,7 @@ fn sources() -> Vec<Source> {
     for name in crates() {
         collect(&root().join("crates").join(name), &mut paths);
     }
+    collect(&root().join("fuzz"), &mut paths);
     paths.sort();
     let relative = |path: &Path| path.strip_prefix(root()).unwrap().to_string_lossy().into_owned();
     paths.iter().map(|path| Source::new(&relative(path), &read(path))).collect()

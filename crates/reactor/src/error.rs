@@ -10,7 +10,7 @@ pub enum Error {
     #[error(transparent)]
     Placement(#[from] PlacementError),
     /// The operating system refused a thread or one of its descriptors.
-    #[error("cannot start I/O thread `{thread}`: {source}")]
+    #[error("cannot start thread `{thread}`: {source}")]
     Start {
         /// The thread's name.
         thread: String,

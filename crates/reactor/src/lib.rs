@@ -11,6 +11,9 @@
 //! What is decided is a function of numbers and lives apart from what does it: [`policy`] (poll or sleep),
 //! [`fair`] (who goes first), [`placement`] (which thread, which CPU).
 //!
+//! A poller does not block. The one kind of system call for which that is not in its hands, writing to a descriptor
+//! that somebody hostile shares, goes through [`guarded`].
+//!
 //! Needs Linux 5.11 or later (`epoll_pwait2`).
 
 #![warn(missing_docs)]
@@ -29,12 +32,14 @@ pub mod placement;
 pub mod policy;
 mod poller;
 mod pool;
+mod rate;
 mod raw_fd;
 mod record;
 mod stats;
 mod thread;
 mod timer;
 mod tsc;
+mod watchdog;
 
 pub use clock::Clock;
 pub use cpulist::{CPUS_MAX, CpuList, CpuListError, format_cpus};
@@ -45,5 +50,7 @@ pub use handle::{PollerHandle, Seat};
 pub use policy::{Mode, ModeError};
 pub use poller::{Budget, Poller, Ticks, Work};
 pub use pool::{BUDGET_DEFAULT, Options, PollerReport, Pool, ThreadReport};
+pub use rate::RateAccount;
 pub use record::PollerState;
 pub use stats::{PollerStats, ThreadStats};
+pub use watchdog::guarded;

@@ -13,7 +13,7 @@ use crate::policy::Mode;
 use crate::record::PollerState;
 use crate::stats::{PollerStats, ThreadStats};
 use crate::thread::{Message, Thread, must_not_be_io_thread};
-use crate::{Budget, Clock, Error};
+use crate::{Budget, Clock, Error, watchdog};
 
 /// How a pool is set up.
 #[derive(Clone, Debug)]
@@ -73,7 +73,8 @@ impl Pool {
     /// time in a process, for the [`Clock`].
     ///
     /// # Errors
-    /// [`Error::Placement`] if the CPUs wanted are not to be had.
+    /// [`Error::Placement`] if the CPUs wanted are not to be had, [`Error::Start`] if the thread that watches over
+    /// [guarded](crate::guarded) calls cannot be started.
     pub fn start(options: Options) -> Result<Self, Error> {
         Self::start_on(&Machine::read(), options)
     }
@@ -90,6 +91,7 @@ impl Pool {
             tracing::warn!("{warning}");
         }
         let _ = Clock::get();
+        watchdog::start().map_err(|source| Error::Start { thread: "watchdog".to_owned(), source })?;
         let prefix = options.prefix.chars().filter(char::is_ascii_graphic).take(PREFIX_BYTES_MAX).collect();
         Ok(Self { book: Arc::new(Mutex::new(Book::new(layout))), prefix, budget: options.budget })
     }

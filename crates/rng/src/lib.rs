@@ -6,19 +6,17 @@
 
 #![warn(missing_docs)]
 
-mod bucket;
 mod entropy;
 
 use std::num::NonZeroU64;
 use std::os::fd::RawFd;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
-use reactor::{Budget, Poller, Ticks, Work};
+use reactor::{Budget, Poller, RateAccount, Ticks, Work};
 use virtio::memory::{scatter, total_len};
 use virtio::ring::Used;
-use virtio::{Device, PollerBuilder, Queue};
+use virtio::{Device, NotReady, PollerBuilder, Queue};
 
-use crate::bucket::Bucket;
 use crate::entropy::Entropy;
 
 /// Entropy device (virtio 1.2, section 5.4.1).
@@ -30,22 +28,23 @@ pub const BYTES_PER_REQUEST_MAX: u64 = 4096;
 pub const BYTES_PER_TURN_MAX: u64 = 64 << 10;
 /// A limited queue rests until it has so many bytes to give: fewer are not worth a wake-up.
 const BYTES_PER_GRANT_MIN: u64 = 64;
+/// What a limited device may give at once, in milliseconds at its rate.
+const BURST_MS: u32 = 100;
 /// How long to wait before asking a host again that has no entropy yet, which ends for good during its boot.
 const RETRY_NS: u64 = 10_000_000;
 
 /// The device. It has one queue.
 #[derive(Debug)]
 pub struct Rng {
-    /// What is left to give. Each queue starts with it and puts it back when it stops, so restarting buys nothing.
-    bucket: Option<Arc<Mutex<Bucket>>>,
+    /// What may be given, in bytes. It outlives the queue, so restarting that buys nothing.
+    account: Arc<RateAccount>,
 }
 
 impl Rng {
     /// A device that hands out as many bytes per second, or as fast as the host makes them.
     #[must_use]
     pub fn new(bytes_per_s: Option<NonZeroU64>) -> Self {
-        let bucket = |rate| Arc::new(Mutex::new(Bucket::new(rate, BYTES_PER_GRANT_MIN)));
-        Self { bucket: bytes_per_s.map(bucket) }
+        Self { account: Arc::new(RateAccount::new(bytes_per_s, BURST_MS)) }
     }
 }
 
@@ -66,19 +65,12 @@ impl Device for Rng {
         Vec::new()
     }
 
-    fn start_queue(&self, queue: Queue) -> PollerBuilder {
-        let shared = self.bucket.clone();
-        Box::new(move || {
-            let bucket = shared.as_ref().map(|shared| *shared.lock().unwrap_or_else(PoisonError::into_inner));
-            Box::new(Worker {
-                queue,
-                tokens: Vec::new(),
-                entropy: Entropy::of_host(),
-                bucket,
-                shared,
-                rest: None,
-            })
-        })
+    fn start_queue(&self, queue: Queue) -> Result<PollerBuilder, NotReady> {
+        let account = self.account.clone();
+        Ok(Box::new(move || {
+            let entropy = Entropy::of_host();
+            Box::new(Worker { queue, tokens: Vec::new(), entropy, account, rest: None })
+        }))
     }
 }
 
@@ -87,8 +79,7 @@ struct Worker {
     queue: Queue,
     tokens: Vec<virtio::ring::Token>,
     entropy: Entropy,
-    bucket: Option<Bucket>,
-    shared: Option<Arc<Mutex<Bucket>>>,
+    account: Arc<RateAccount>,
     /// Until when there is nothing to give.
     rest: Option<Ticks>,
 }
@@ -96,16 +87,10 @@ struct Worker {
 impl Worker {
     /// How many bytes may be given now, or when to ask again.
     fn grant(&mut self, now: Ticks) -> Result<u64, Ticks> {
-        if let Some(bucket) = &self.bucket {
-            let ready_at = bucket.ready_at(BYTES_PER_GRANT_MIN);
-            if ready_at > now {
-                return Err(ready_at);
-            }
-        }
+        let most = self.account.admit(now, BYTES_PER_GRANT_MIN)?;
         if !self.entropy.refill() {
             return Err(now.plus_ns(RETRY_NS));
         }
-        let most = self.bucket.as_ref().map_or(u64::MAX, |bucket| bucket.available(now));
         Ok(most.min(BYTES_PER_REQUEST_MAX))
     }
 
@@ -117,9 +102,7 @@ impl Worker {
         let wanted = total_len(writable).min(most);
         let written = self.entropy.take(wanted, |bytes| scatter(writable, 0, bytes));
         self.queue.complete(std::iter::once(Used { token, written: written as u32 }));
-        if let Some(bucket) = &mut self.bucket {
-            bucket.spend(now, written as u64);
-        }
+        self.account.charge(now, written as u64);
         Some(written as u64)
     }
 }
@@ -165,13 +148,5 @@ impl Poller for Worker {
 
     fn drain(&mut self, _now: Ticks) -> bool {
         true
-    }
-}
-
-impl Drop for Worker {
-    fn drop(&mut self) {
-        if let (Some(shared), Some(bucket)) = (&self.shared, self.bucket) {
-            *shared.lock().unwrap_or_else(PoisonError::into_inner) = bucket;
-        }
     }
 }

@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use rustix::fs::OFlags;
 use rustix::io::Errno;
 use vhost::vhost_user::message::BackendReq;
-use virtio::Call;
+use virtio::{Call, Trust};
 
 use crate::bell::Bell;
 use crate::peer_fd::{PeerFdError, Stream};
@@ -46,8 +46,8 @@ enum Sent {
 }
 
 impl Channel {
-    pub(crate) fn new(fd: OwnedFd, rings: u16, bell: Arc<Bell>) -> Result<Self, PeerFdError> {
-        let stream = Stream::new(fd, OFlags::WRONLY)?;
+    pub(crate) fn new(fd: OwnedFd, rings: u16, bell: Arc<Bell>, trust: Trust) -> Result<Self, PeerFdError> {
+        let stream = Stream::new(fd, OFlags::WRONLY, trust)?;
         Ok(Self { stream, rings: (0..rings).map(|_| Pending::default()).collect(), bell })
     }
 
@@ -148,5 +148,9 @@ pub(crate) struct InBandCall {
 impl Call for InBandCall {
     fn call(&self) -> bool {
         self.channel.tell(BackendReq::VRING_CALL, self.index, |pending| &pending.call)
+    }
+
+    fn is_hostile(&self) -> bool {
+        self.channel.stream.is_hostile()
     }
 }

@@ -10,6 +10,8 @@ use rustix::event::PollFlags;
 use rustix::fs::OFlags;
 use rustix::io::Errno;
 
+use virtio::Trust;
+
 use crate::peer_fd::{PeerFdError, Stream};
 use crate::request::Direction;
 
@@ -48,12 +50,17 @@ pub(crate) enum Progress {
 }
 
 impl Transfer {
-    pub(crate) fn new(direction: Direction, fd: OwnedFd, state: Vec<u8>) -> Result<Self, PeerFdError> {
+    pub(crate) fn new(
+        direction: Direction,
+        fd: OwnedFd,
+        state: Vec<u8>,
+        trust: Trust,
+    ) -> Result<Self, PeerFdError> {
         let access = match direction {
             Direction::Save => OFlags::WRONLY,
             Direction::Load => OFlags::RDONLY,
         };
-        let stream = Stream::new(fd, access)?;
+        let stream = Stream::new(fd, access, trust)?;
         let deadline = Instant::now() + TRANSFER_DEADLINE;
         Ok(Self { stream, direction, bytes: state, written: 0, deadline })
     }

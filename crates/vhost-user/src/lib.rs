@@ -27,6 +27,7 @@ mod backend_channel;
 mod bell;
 mod device_state;
 mod inflight;
+mod lease;
 mod listener;
 mod log;
 mod memory_table;
@@ -37,7 +38,8 @@ mod session;
 mod vring;
 mod wire;
 
-pub use listener::ListenError;
+pub use lease::LeaseError;
+pub use listener::{ListenError, Listener};
 pub use memory_table::MemoryTableError;
 pub use peer_fd::PeerFdError;
 pub use request::{RequestError, RequestErrorKind};

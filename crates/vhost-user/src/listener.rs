@@ -46,9 +46,9 @@ pub enum ListenError {
     },
 }
 
-/// A listening socket and its file.
+/// A listening Unix socket, non-blocking, and its file, which goes with it.
 #[derive(Debug)]
-pub(crate) struct Listener {
+pub struct Listener {
     socket: UnixListener,
     path: PathBuf,
     /// Device and inode of the file.
@@ -57,7 +57,10 @@ pub(crate) struct Listener {
 
 impl Listener {
     /// Listens at `path`, whose permissions are set to `mode`.
-    pub(crate) fn new(path: &Path, mode: u32) -> Result<Self, ListenError> {
+    ///
+    /// # Errors
+    /// See [`ListenError`].
+    pub fn new(path: &Path, mode: u32) -> Result<Self, ListenError> {
         let system = |what| move |errno: Errno| system(what, path, errno);
         let address = SocketAddrUnix::new(path).map_err(system("use as the name of a socket"))?;
         let socket = stream_socket().map_err(system("make a socket for"))?;
@@ -80,12 +83,16 @@ impl Listener {
     }
 
     /// Where it is.
-    pub(crate) fn path(&self) -> &Path {
+    #[must_use]
+    pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// The next front end, if one waits.
-    pub(crate) fn accept(&self) -> std::io::Result<Option<UnixStream>> {
+    /// The next peer, if one waits.
+    ///
+    /// # Errors
+    /// The system refuses to accept, for want of descriptors for example.
+    pub fn accept(&self) -> std::io::Result<Option<UnixStream>> {
         match self.socket.accept() {
             Ok((stream, _)) => Ok(Some(stream)),
             Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => Ok(None),

@@ -2,7 +2,7 @@
 //!
 //! It waits for everything at once (shutdown, the device, the listener, the front end) and hands whole messages to the
 //! session. One front end at a time holds the device; a second one is turned away, and when the first is gone, for
-//! whatever reason, the next may come.
+//! whatever reason, the next may come: at once, or after a pause if the first kept a thread waiting that others need.
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
@@ -22,6 +22,9 @@ use crate::wire::{Connection, Received, WireError};
 
 /// How long no front end is accepted after the system refused to (it is out of descriptors).
 const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
+/// How long no front end is accepted after one that made a thread of ours wait. It can do that for some 20 ms in a
+/// session, so this keeps whoever tries it all the time below 0.1 % of an I/O thread's time.
+const HOSTILE_PAUSE: Duration = Duration::from_secs(60);
 
 /// How a device is served.
 #[derive(Clone, Debug)]
@@ -210,9 +213,18 @@ impl Server {
             {
                 session.config_changed();
             }
-            active = active.and_then(|active| self.step(active));
+            active = active.and_then(|active| {
+                let trust = active.session.trust().clone();
+                let active = self.step(active);
+                if active.is_none() && trust.is_lost() {
+                    deaf_until = Some(Instant::now() + HOSTILE_PAUSE);
+                    let (socket, pause_s) = (self.listener.path().display(), HOSTILE_PAUSE.as_secs());
+                    tracing::warn!(%socket, pause_s, "no front end is accepted for a while");
+                }
+                active
+            });
             // While the front end that leaves is seen off, the next one waits.
-            if ready.listener && (active.is_none() || !ready.hung_up) {
+            if ready.listener && deaf_until.is_none() && (active.is_none() || !ready.hung_up) {
                 match self.listener.accept() {
                     Ok(Some(stream)) if active.is_some() => self.refuse(&stream),
                     Ok(Some(stream)) => active = Some(self.begin(stream)),
@@ -384,6 +396,9 @@ impl Active {
             }
         }
         self.session.flush();
+        if self.session.trust().is_lost() {
+            return Err(SessionError::Blocked.into());
+        }
         Ok(Step::GoOn)
     }
 }

@@ -27,6 +27,11 @@ pub struct ConfigError {
     pub len: usize,
 }
 
+/// A device cannot take a queue into service now. The message says what it lacks.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct NotReady(pub String);
+
 /// A saved state cannot be restored.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("cannot restore the device: {0}")]
@@ -87,7 +92,10 @@ pub trait Device: Send + Sync {
     ///
     /// A receive queue is no different: its poller holds the chains it took until there is something to put in them,
     /// and gives them back unused (0 bytes written) when it is drained.
-    fn start_queue(&self, queue: Queue) -> PollerBuilder;
+    ///
+    /// # Errors
+    /// Something that the queue needs cannot be had, after waiting for it for some seconds if that may help.
+    fn start_queue(&self, queue: Queue) -> Result<PollerBuilder, NotReady>;
 
     /// Forgets everything the driver set. All queues are stopped when it is called.
     fn reset(&self) {}

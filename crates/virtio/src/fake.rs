@@ -71,7 +71,17 @@ impl FakeDriver {
             let (mapping, _file) = Mapping::anonymous("fake-guest", bytes).expect("memory for a fake guest");
             Region::new(GuestAddr(MEMORY_START + i * bytes), Arc::new(mapping)).expect("a valid region")
         });
-        let memory = Arc::new(Memory::new(regions.collect()).expect("disjoint regions"));
+        let memory = Memory::new(regions.collect()).expect("disjoint regions");
+        Self::in_memory(options, memory)
+    }
+
+    /// Makes the guest in memory that is there, as `options` say.
+    ///
+    /// # Panics
+    /// The options are impossible. This is test code: a failure is the test's.
+    #[must_use]
+    pub fn in_memory(options: FakeOptions, memory: Memory) -> Self {
+        let memory = Arc::new(memory);
         let [desc, driver, _] = DriverRing::layout(options.format, options.size);
         let config = RingConfig {
             format: options.format,

@@ -44,9 +44,9 @@ mod queue_set;
 mod stats;
 
 #[cfg(feature = "std")]
-pub use call::{Call, EventFdCall};
+pub use call::{Call, EventFdCall, Trust};
 #[cfg(feature = "std")]
-pub use device::{ConfigError, ConfigListener, Device, PollerBuilder, SharedMemory, StateError};
+pub use device::{ConfigError, ConfigListener, Device, NotReady, PollerBuilder, SharedMemory, StateError};
 #[cfg(feature = "std")]
 pub use inflight::{Inflight, InflightError};
 #[cfg(feature = "std")]

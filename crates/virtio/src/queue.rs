@@ -6,7 +6,7 @@
 //! stands once the queue is gone.
 //!
 //! A broken ring breaks the queue: it takes no more chains, says why once (log, handle, the transport's hook), and
-//! goes on completing what is in flight.
+//! goes on completing what is in flight. So does a driver that makes a call block.
 
 use std::collections::VecDeque;
 use std::os::fd::RawFd;
@@ -320,10 +320,11 @@ impl Queue {
             return self.ring.skip_call();
         };
         let wanted = self.ring.needs_call();
-        if wanted {
-            call.call();
-        }
+        let hostile = wanted && !call.call() && call.is_hostile();
         self.shared.stats.count_call(wanted);
+        if hostile {
+            self.break_ring(RingError::CallBlocked);
+        }
     }
 
     /// Asks for kicks; true if chains are waiting already.
@@ -345,7 +346,7 @@ impl Queue {
     pub fn break_ring(&mut self, error: RingError) {
         self.broken = true;
         if self.shared.error.set(error).is_ok() {
-            tracing::warn!(queue = self.index, %error, "queue stopped: its ring is broken");
+            tracing::warn!(queue = self.index, %error, "queue stopped");
             if let Some(hook) = self.on_error.take() {
                 hook(&error);
             }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use reactor::{Mode, PollerHandle, PollerState, Pool};
 
 use crate::call::Call;
-use crate::device::Device;
+use crate::device::{Device, NotReady};
 use crate::kick::Kick;
 use crate::queue::{Queue, QueueConfig, QueueHandle};
 use crate::ring::{RingError, RingState};
@@ -46,6 +46,14 @@ pub enum StartError {
     /// It would have to be polled for good, and too many are already.
     #[error("queue {0}: its driver does not kick, and no CPU is free to poll for good")]
     CannotPoll(u16),
+    /// The device lacks something.
+    #[error("queue {index}: {source}")]
+    NotReady {
+        /// The queue.
+        index: u16,
+        /// What it lacks.
+        source: NotReady,
+    },
     /// No I/O thread will have it.
     #[error("queue {index}: {source}")]
     Thread {
@@ -118,8 +126,9 @@ impl QueueSet {
         if nobody_kicks && seat.mode() != Mode::Poll {
             return Err(StartError::CannotPoll(index));
         }
-        let poller =
-            seat.add(format!("{}#{index}", self.label), self.device.start_queue(queue)).map_err(thread)?;
+        let builder =
+            self.device.start_queue(queue).map_err(|source| StartError::NotReady { index, source })?;
+        let poller = seat.add(format!("{}#{index}", self.label), builder).map_err(thread)?;
         *place = Some(Running { poller, queue: handle });
         Ok(())
     }

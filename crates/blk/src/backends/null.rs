@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use virtio::Memory;
 use virtio::ring::Chains;
 
-use crate::backend::{Backend, BackendError, Channel, Done, Geometry, Op, Status};
+use crate::backend::{Backend, BackendError, Channel, ChannelBuilder, Done, Geometry, Op, Status};
 
 /// A disk of a given size. Reads leave the guest's buffers as they are.
 #[derive(Debug)]
@@ -33,8 +33,8 @@ impl Backend for Null {
         }
     }
 
-    fn channel(&self, _memory: &Arc<Memory>, _depth: u16) -> Result<Box<dyn Channel>, BackendError> {
-        Ok(Box::new(NullChannel))
+    fn channel(&self, _memory: &Arc<Memory>, _depth: u16) -> Result<ChannelBuilder, BackendError> {
+        Ok(Box::new(|| Ok(Box::new(NullChannel))))
     }
 
     fn resize(&self, bytes: Option<u64>) -> Result<Geometry, BackendError> {

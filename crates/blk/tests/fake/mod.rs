@@ -8,13 +8,15 @@ use std::time::{Duration, Instant};
 
 use blk::{Backend, Blk, Options};
 use reactor::{Budget, Poller, Ticks, Work};
-use virtio::memory::{Area, GuestAddr, Mapping, Memory, Region};
-use virtio::ring::{Buffer, DriverRing};
-use virtio::{Device, Queue, QueueConfig, QueueHandle, RingConfig, RingFormat};
+use virtio::fake::{FakeDriver, FakeOptions, MEMORY_START};
+use virtio::memory::{Area, GuestAddr};
+use virtio::ring::Buffer;
+use virtio::{Device, Queue, QueueConfig, QueueHandle, RingFormat};
 
 pub const BUDGET: Budget = Budget { requests: 256, bytes: 1 << 30 };
-const MEMORY_BYTES: u64 = 64 << 20;
-const RING_AREA_BYTES: u64 = 1 << 20;
+pub const MEMORY_BYTES: u64 = 64 << 20;
+/// Behind the ring.
+const FREE_FROM: u64 = MEMORY_START + (1 << 20);
 
 pub const IN: u32 = 0;
 pub const OUT: u32 = 1;
@@ -84,10 +86,9 @@ pub struct Rig {
     pub disk: Arc<Blk>,
     pub poller: Box<dyn Poller>,
     pub handle: QueueHandle,
-    pub driver: DriverRing,
+    pub guest: FakeDriver,
     pub now: Ticks,
     pub last: Work,
-    memory: Arc<Memory>,
     ram: Area,
     ring: Ring,
     next: u64,
@@ -100,45 +101,38 @@ impl Rig {
     }
 
     pub fn with(disk: Arc<Blk>, ring: Ring, features: u64, index: u16) -> Self {
-        let (mapping, _) = Mapping::anonymous("blk test", MEMORY_BYTES).unwrap();
-        let region = Region::new(GuestAddr(0), Arc::new(mapping)).unwrap();
-        let memory = Arc::new(Memory::new(vec![region]).unwrap());
-        let [desc, driver, _] = DriverRing::layout(ring.format, ring.size);
-        let config = RingConfig {
+        Self::in_guest(disk, ring, features, index, FakeDriver::new)
+    }
+
+    /// In a guest of one's own making.
+    pub fn in_guest(
+        disk: Arc<Blk>,
+        ring: Ring,
+        features: u64,
+        index: u16,
+        guest: impl FnOnce(FakeOptions) -> FakeDriver,
+    ) -> Self {
+        let guest = guest(FakeOptions {
             format: ring.format,
             size: ring.size,
-            desc: GuestAddr(0),
-            driver: GuestAddr(desc as u64),
-            device: GuestAddr((desc + driver) as u64),
             event_idx: ring.event_idx,
-            indirect: ring.indirect,
             in_order: ring.in_order,
-        };
-        let (queue, handle) = Queue::new(QueueConfig {
-            index,
-            features: features & disk.features(),
-            ring: config,
-            state: None,
-            memory: memory.clone(),
-            kick: virtio::Kick::Wake,
-            call: None,
-            log: None,
-            inflight: None,
-            on_error: None,
-        })
-        .unwrap();
-        let mut poller = disk.start_queue(queue)();
+            memory_bytes: MEMORY_BYTES,
+            device_features: features & disk.features(),
+            ..FakeOptions::default()
+        });
+        let (queue, handle) = Queue::new(QueueConfig { index, ..guest.queue_config() }).unwrap();
+        let mut poller = disk.start_queue(queue).unwrap()();
         poller.disarm();
         Self {
             poller,
             handle,
-            driver: DriverRing::new(&config, &memory).unwrap(),
             now: Ticks(1_000_000_000),
             last: Work::NONE,
-            ram: memory.area(GuestAddr(0), MEMORY_BYTES as usize, 8).unwrap(),
-            memory,
+            ram: guest.area(GuestAddr(MEMORY_START), MEMORY_BYTES as usize),
+            guest,
             ring,
-            next: RING_AREA_BYTES,
+            next: FREE_FROM,
             back: Vec::new(),
             disk,
         }
@@ -146,21 +140,21 @@ impl Rig {
 
     pub fn poke(&self, at: u64, bytes: &[u8]) {
         for (i, &byte) in bytes.iter().enumerate() {
-            self.ram.u8(at as usize + i).store(byte, Ordering::Relaxed);
+            self.ram.u8((at - MEMORY_START) as usize + i).store(byte, Ordering::Relaxed);
         }
     }
 
     pub fn peek(&self, at: u64, len: usize) -> Vec<u8> {
-        (0..len).map(|i| self.ram.u8(at as usize + i).load(Ordering::Relaxed)).collect()
+        (0..len).map(|i| self.ram.u8((at - MEMORY_START) as usize + i).load(Ordering::Relaxed)).collect()
     }
 
     /// Guest memory for `len` bytes at an address that is `misaligned` bytes behind a multiple of 4096.
     pub fn alloc(&mut self, len: usize, misaligned: u64) -> u64 {
         let at = self.next.next_multiple_of(4096) + misaligned;
         let end = at + len as u64;
-        if end > MEMORY_BYTES {
+        if end > MEMORY_START + MEMORY_BYTES {
             // Enough for what any one test has in flight.
-            self.next = RING_AREA_BYTES;
+            self.next = FREE_FROM;
             return self.alloc(len, misaligned);
         }
         self.next = end;
@@ -185,12 +179,12 @@ impl Rig {
         let id = if self.ring.indirect {
             let bytes = 16 * buffers.len();
             let table = self.alloc(bytes, 0);
-            let area = self.memory.area(GuestAddr(table), bytes, 16).unwrap();
-            self.driver.add_indirect(&area, GuestAddr(table), &buffers)
+            let area = self.guest.area(GuestAddr(table), bytes);
+            self.guest.ring.add_indirect(&area, GuestAddr(table), &buffers)
         } else {
-            self.driver.add(&buffers)
+            self.guest.ring.add(&buffers)
         }?;
-        self.driver.publish();
+        self.guest.ring.publish();
         Some(Sent { id, writable: areas })
     }
 
@@ -202,7 +196,7 @@ impl Rig {
     pub fn turn(&mut self) -> Work {
         self.now = self.now.plus_ns(1000);
         self.last = self.poller.poll(self.now, BUDGET);
-        while let Some(completion) = self.driver.reap().unwrap() {
+        while let Some(completion) = self.guest.ring.reap().unwrap() {
             self.back.push((completion.id, completion.written));
         }
         self.last

@@ -5,9 +5,12 @@
 //! does is a shell script in `guest/jobs`; it answers in lines `RESULT name ok|fail detail`, which [`guest`] collects.
 //! A test whose tools are missing says so through [`needs`], and `./test` counts it as skipped.
 //!
+//! One guest is ours: [`embedded`] boots the guest that the program embeds.
+//!
 //! `EXITLESS_TEST_SERVER=qsd` puts qemu-storage-daemon in our program's place. A test that fails with both servers is
 //! itself at fault.
 
+mod embedded;
 mod filesystem;
 mod lifecycle;
 mod migration;

@@ -36,9 +36,9 @@ fn turn() -> Option<needs::Turn> {
 fn migrate(packed: bool) {
     let scratch = Scratch::new();
     let image = scratch.image("disk", 96);
-    let mut here = Service::start("service-here", Disk::SharedRaw(image.clone()), &scratch.path("here"), &[]);
+    let mut here = Service::start("service-here", Disk::Raw(image.clone()), &scratch.path("here"), &[]);
     let mut there =
-        Service::start("service-there", Disk::SharedRaw(image.clone()), &scratch.path("there"), &[]);
+        Service::start("service-there", Disk::LateRaw(image.clone()), &scratch.path("there"), &[]);
     let wire = scratch.path("wire");
     let setup = Setup {
         name: "source",

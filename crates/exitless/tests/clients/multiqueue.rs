@@ -1,5 +1,7 @@
 //! Every kind of request, on two queues at once, by a guest with two CPUs.
 
+use serde_json::json;
+
 use crate::guest::Results;
 use crate::needs::{self, Need};
 use crate::qemu::{self, Setup};
@@ -33,6 +35,36 @@ fn a_service_without_event_idx_and_without_polling_carries_verified_io() {
     }
     let Some(_turn) = turn() else { return };
     run(false, &["--without", "packed,event-idx", "--poll", "notify"]);
+}
+
+#[test]
+fn a_service_that_never_sleeps_takes_kicks_as_writes_to_a_page() {
+    if !service::is_ours() {
+        return needs::skip("the peer has no such options");
+    }
+    let Some(_turn) = turn() else { return };
+    let scratch = Scratch::new();
+    let disk = Disk::Raw(scratch.image("disk", 96));
+    // One thread for both queues: the guest needs a CPU too.
+    let options = ["--poll", "poll", "--cpus", "0"];
+    let mut service = Service::start("service", disk, &scratch.path("blk"), &options);
+    let setup = Setup {
+        name: "qemu",
+        socket: service.socket(),
+        job: "migration",
+        programs: &[],
+        packed: false,
+        incoming: None,
+    };
+    let mut qemu = qemu::boot(&scratch, &setup);
+    qemu.guest.wait_beats(2);
+    let map = qemu.qmp.run("human-monitor-command", json!({ "command-line": "info mtree" }));
+    let pages = map.as_str().expect("a text").matches("vhost-user/host-notifier").count();
+    assert!(pages >= 2, "QEMU shows the guest {pages} notification pages of the service, not one a queue");
+    qemu.guest.wait_beats(2);
+    qemu.guest.type_line("stop");
+    qemu.guest.finish().all_ok();
+    service.terminate();
 }
 
 fn turn() -> Option<needs::Turn> {

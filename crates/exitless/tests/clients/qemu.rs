@@ -57,7 +57,10 @@ pub(crate) fn boot(scratch: &Scratch, setup: &Setup<'_>) -> Qemu {
         .arg(format!("console=ttyS0 quiet rdinit=/init mitigations=off nokaslr panic=-1 job={}", setup.job))
         .arg("-chardev")
         .arg(format!("socket,id=disk,path={},reconnect=1", setup.socket.display()))
-        .args(["-device", &format!("vhost-user-blk-pci,chardev=disk,num-queues=2,packed={packed}")])
+        .args([
+            "-device",
+            &format!("vhost-user-blk-pci,chardev=disk,num-queues=2,page-per-vq=on,packed={packed}"),
+        ])
         .arg("-qmp")
         .arg(format!("unix:{},server=on,wait=off", control.display()));
     if let Some(incoming) = &setup.incoming {

@@ -17,8 +17,8 @@ const SERIAL: &str = "clients-0123456789ab";
 pub(crate) enum Disk {
     /// A raw image.
     Raw(PathBuf),
-    /// A raw image that two services have open at the same time.
-    SharedRaw(PathBuf),
+    /// A raw image that another service uses, until the guest comes.
+    LateRaw(PathBuf),
     /// A raw image that the guest must not write to.
     ReadOnly(PathBuf),
     Qcow2(PathBuf),
@@ -136,7 +136,7 @@ fn command(kind: Kind, disk: &Disk, socket: &Path, options: &[String]) -> Comman
             command.args(["blk", "--queues", "2", "--serial", SERIAL]).arg("--socket").arg(socket);
             command.arg("--backend").arg(match disk {
                 Disk::Raw(image) | Disk::ReadOnly(image) => format!("file:{}", image.display()),
-                Disk::SharedRaw(image) => format!("file:{},lock=off", image.display()),
+                Disk::LateRaw(image) => format!("file:{},lock=late", image.display()),
                 Disk::Qcow2(image) => format!("qcow2:{}", image.display()),
                 Disk::Memory(mib) => format!("mem:{mib}M"),
             });
@@ -152,7 +152,7 @@ fn command(kind: Kind, disk: &Disk, socket: &Path, options: &[String]) -> Comman
 
 fn peer(disk: &Disk, socket: &Path) -> Command {
     let (driver, image, writable) = match disk {
-        Disk::Raw(image) | Disk::SharedRaw(image) => ("raw", image, "on"),
+        Disk::Raw(image) | Disk::LateRaw(image) => ("raw", image, "on"),
         Disk::ReadOnly(image) => ("raw", image, "off"),
         Disk::Qcow2(image) => ("qcow2", image, "on"),
         Disk::Memory(_) => panic!("the peer has no disk in memory"),

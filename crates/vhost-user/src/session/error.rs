@@ -3,6 +3,7 @@
 use vhost::vhost_user::message::FrontendReq;
 use virtio::{InflightError, StartError};
 
+use crate::lease::LeaseError;
 use crate::memory_table::MemoryTableError;
 use crate::peer_fd::PeerFdError;
 use crate::request::RequestError;
@@ -50,6 +51,9 @@ pub enum SessionError {
     /// The inflight record was refused.
     #[error("inflight record: {0}")]
     Record(String),
+    /// Somebody else still works on the guest's memory.
+    #[error("inflight record: {0}")]
+    Lease(#[from] LeaseError),
     /// A ring cannot be opened.
     #[error("ring {index}: {reason}")]
     Ring { index: u16, reason: String },
@@ -59,15 +63,19 @@ pub enum SessionError {
     /// A configuration write was refused.
     #[error(transparent)]
     Config(#[from] virtio::ConfigError),
+    /// The front end made one of our threads wait.
+    #[error("one of its descriptors was full or empty, and had been made blocking: a thread had to wait")]
+    Blocked,
     /// The system refused.
     #[error("{what}: {source}")]
     System { what: &'static str, source: std::io::Error },
 }
 
 impl SessionError {
-    /// Whether the connection must end even if the front end asked for an acknowledgement.
+    /// Whether the connection must end even if the front end asked for an acknowledgement. Where something could not be
+    /// had in time, connecting again is how to ask for it again.
     pub(super) fn is_fatal(&self) -> bool {
-        matches!(self, Self::InBand)
+        matches!(self, Self::InBand | Self::Lease(_) | Self::Start(StartError::NotReady { .. }))
     }
 }
 

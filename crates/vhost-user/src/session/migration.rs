@@ -5,6 +5,7 @@ use std::os::fd::OwnedFd;
 use super::{Applied, Reply, Session, SessionError};
 use crate::device_state::{Progress, Transfer};
 use crate::inflight::{self, Records};
+use crate::lease::{self, RecordLease};
 use crate::log::{self, LogError};
 use crate::request::{Direction, InflightInfo};
 
@@ -38,7 +39,11 @@ impl Session {
 
     pub(super) fn set_inflight(&mut self, info: InflightInfo, fd: &OwnedFd) -> Applied {
         let inflight = Records::map(info, fd).map_err(|e| SessionError::Record(e.to_string()))?;
-        self.reconfigure(|session| session.inflight = Some(inflight))
+        let lease = RecordLease::take(fd, self.lease.as_ref(), lease::WAIT)?;
+        self.reconfigure(|session| {
+            session.inflight = Some(inflight);
+            session.lease = lease;
+        })
     }
 
     pub(super) fn set_device_state_fd(&mut self, direction: Direction, fd: OwnedFd) -> Reply {
@@ -53,7 +58,7 @@ impl Session {
             Direction::Save => self.device.save(),
             Direction::Load => Vec::new(),
         };
-        match Transfer::new(direction, fd, state) {
+        match Transfer::new(direction, fd, state, self.trust.clone()) {
             Ok(transfer) => {
                 self.transfer = Some(transfer);
                 self.advance_transfer();

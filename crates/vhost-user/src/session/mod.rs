@@ -23,12 +23,13 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use vhost::vhost_user::message::{VhostUserProtocolFeatures as Protocol, VhostUserVirtioFeatures};
 use virtio::features::RING_FEATURES;
 use virtio::memory::DirtyLog;
-use virtio::{Device, QueueSet};
+use virtio::{Device, QueueSet, Trust};
 
 use crate::backend_channel::Channel;
 use crate::bell::Bell;
 use crate::device_state::Transfer;
 use crate::inflight::Records;
+use crate::lease::RecordLease;
 use crate::memory_table::MemoryTable;
 use crate::request::Request;
 use crate::vring::{Position, Vring};
@@ -88,12 +89,16 @@ pub(crate) struct Session {
     queues: Arc<Mutex<QueueSet>>,
     options: SessionOptions,
     bell: Arc<Bell>,
+    /// In the descriptors that the front end sends to be written to.
+    trust: Trust,
     features: u64,
     protocol: Protocol,
     memory: MemoryTable,
     vrings: Vec<Vring>,
     log: Option<DirtyLog>,
     inflight: Option<Records>,
+    /// Under which the queues work on guest memory.
+    lease: Option<RecordLease>,
     channel: Option<Arc<Channel>>,
     /// What guests write to instead of kicking. Nobody reads it.
     notifier: Option<OwnedFd>,
@@ -117,11 +122,13 @@ impl Session {
             queues,
             options,
             bell,
+            trust: Trust::default(),
             features: 0,
             protocol: Protocol::empty(),
             memory: MemoryTable::default(),
             log: None,
             inflight: None,
+            lease: None,
             channel: None,
             notifier: None,
             status: 0,
@@ -218,6 +225,11 @@ impl Session {
             self.config_pending = !channel.config_changed();
         }
         channel.flush();
+    }
+
+    /// Whether the front end has not yet made a thread of ours wait. When it has, it is to be seen off.
+    pub(crate) fn trust(&self) -> &Trust {
+        &self.trust
     }
 
     /// The channel, while it is to be flushed as soon as it is writable.
@@ -377,7 +389,8 @@ impl Session {
 
     fn set_backend_req_fd(&mut self, fd: OwnedFd) -> Applied {
         let rings = self.vrings.len() as u16;
-        let channel = Channel::new(fd, rings, self.bell.clone()).map_err(SessionError::Channel)?;
+        let channel =
+            Channel::new(fd, rings, self.bell.clone(), self.trust.clone()).map_err(SessionError::Channel)?;
         self.reconfigure(|session| session.channel = Some(Arc::new(channel)))
     }
 }

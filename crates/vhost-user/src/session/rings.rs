@@ -7,7 +7,7 @@ use std::sync::{Arc, MutexGuard, PoisonError};
 use vhost::vhost_user::message::VhostUserProtocolFeatures as Protocol;
 use virtio::features::RING_PACKED;
 use virtio::memory::Mapping;
-use virtio::{Call, EventFdCall, Kick, QueueConfig, QueueSet, RingFormat};
+use virtio::{Call, EventFdCall, Kick, QueueConfig, QueueSet, RingError, RingFormat, StartError};
 
 use super::error::NotStarted;
 use super::{Applied, F_LOG_ALL, Reply, Session, SessionError, lock};
@@ -79,7 +79,7 @@ impl Session {
     pub(super) fn set_vring_call(&mut self, index: u16, fd: Option<OwnedFd>) -> Applied {
         self.check_ring(index)?;
         let call = match fd {
-            Some(fd) => CallTo::Fd(writable(index, "call", fd)?),
+            Some(fd) => CallTo::Fd(self.writable(index, "call", fd)?),
             None => CallTo::Nobody,
         };
         if let CallTo::Fd(call) = &call {
@@ -94,7 +94,7 @@ impl Session {
 
     pub(super) fn set_vring_err(&mut self, index: u16, fd: Option<OwnedFd>) -> Applied {
         self.check_ring(index)?;
-        let call = fd.map(|fd| writable(index, "error", fd)).transpose()?;
+        let call = fd.map(|fd| self.writable(index, "error", fd)).transpose()?;
         *self.vrings[usize::from(index)].error.lock().unwrap_or_else(PoisonError::into_inner) = call;
         Ok(())
     }
@@ -129,6 +129,8 @@ impl Session {
                 Err(NotStarted::Place(error @ PlaceError::NotMapped(_))) => {
                     tracing::info!(ring = index, %error, "ring stopped until it is in memory again");
                 }
+                // The others would wait for the same.
+                Err(error @ NotStarted::Queue(StartError::NotReady { .. })) => return Err(error.of(index)),
                 Err(error) => result = result.and(Err(error.of(index))),
                 Ok(()) => {}
             }
@@ -166,12 +168,17 @@ impl Session {
             Some(records) => records.of_queue(index, place.config.format, place.config.size)?,
             None => None,
         };
+        let memory = self.memory.memory();
+        let memory = match &self.lease {
+            Some(lease) => Arc::new(memory.leased(lease.lease.clone())),
+            None => memory.clone(),
+        };
         let config = QueueConfig {
             index,
             features: self.features,
             ring: place.config,
             state: place.state,
-            memory: self.memory.memory().clone(),
+            memory,
             kick,
             call: self.call_of(index),
             log,
@@ -190,8 +197,13 @@ impl Session {
         let in_band = self.protocol.contains(Protocol::INBAND_NOTIFICATIONS);
         let channel = self.channel.clone().filter(|_| in_band);
         let needs_reset = self.needs_reset.clone();
-        Box::new(move |_| {
+        let bell = self.bell.clone();
+        Box::new(move |reason| {
             needs_reset.store(true, Ordering::Release);
+            if *reason == RingError::CallBlocked {
+                // The control thread sees the front end off.
+                bell.ring();
+            }
             if !signal(&error)
                 && let Some(channel) = channel
             {
@@ -231,6 +243,15 @@ impl Session {
         }
     }
 
+    /// A descriptor that announces something by being written to.
+    fn writable(&self, index: u16, what: &'static str, fd: OwnedFd) -> Applied<Arc<dyn Call>> {
+        let refused = |source| SessionError::Descriptor { index, what, source };
+        let fd = peer_fd::to_signal(fd).map_err(refused)?;
+        let call = EventFdCall::new(fd, self.trust.clone())
+            .map_err(|source| SessionError::System { what, source })?;
+        Ok(Arc::new(call))
+    }
+
     pub(super) fn format(&self) -> RingFormat {
         if self.features & RING_PACKED != 0 { RingFormat::Packed } else { RingFormat::Split }
     }
@@ -252,12 +273,4 @@ impl Session {
     pub(super) fn queues(&self) -> MutexGuard<'_, QueueSet> {
         lock(&self.queues)
     }
-}
-
-/// A descriptor that announces something by being written to.
-fn writable(index: u16, what: &'static str, fd: OwnedFd) -> Applied<Arc<dyn Call>> {
-    let refused = |source| SessionError::Descriptor { index, what, source };
-    let fd = peer_fd::to_signal(fd).map_err(refused)?;
-    let call = EventFdCall::new(fd).map_err(|source| SessionError::System { what, source })?;
-    Ok(Arc::new(call))
 }

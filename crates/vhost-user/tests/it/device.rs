@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 use reactor::{Budget, Poller, Ticks, Work};
 use virtio::memory::{gather, scatter, total_len};
 use virtio::ring::{Token, Used};
-use virtio::{ConfigError, ConfigListener, Device, PollerBuilder, Queue, StateError};
+use virtio::{ConfigError, ConfigListener, Device, NotReady, PollerBuilder, Queue, StateError};
 
 /// A feature of the device type.
 pub(crate) const FEATURE: u64 = 1 << 3;
@@ -22,6 +22,10 @@ pub(crate) struct Switches {
     pub(crate) lose: AtomicBool,
     /// Requests taken so far.
     pub(crate) taken: AtomicUsize,
+    /// Queues started with a lease on guest memory.
+    pub(crate) leased: AtomicUsize,
+    /// Take no queue into service.
+    pub(crate) not_ready: AtomicBool,
 }
 
 pub(crate) struct Echo {
@@ -85,9 +89,13 @@ impl Device for Echo {
         *self.listener.lock().unwrap() = listener;
     }
 
-    fn start_queue(&self, queue: Queue) -> PollerBuilder {
+    fn start_queue(&self, queue: Queue) -> Result<PollerBuilder, NotReady> {
         let switches = self.switches.clone();
-        Box::new(move || Box::new(EchoQueue { queue, tokens: Vec::new(), held: Vec::new(), switches }))
+        if switches.not_ready.load(Ordering::SeqCst) {
+            return Err(NotReady("its storage is gone".to_owned()));
+        }
+        switches.leased.fetch_add(queue.memory().lease().is_some().into(), Ordering::SeqCst);
+        Ok(Box::new(move || Box::new(EchoQueue { queue, tokens: Vec::new(), held: Vec::new(), switches })))
     }
 
     fn reset(&self) {

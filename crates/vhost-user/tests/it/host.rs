@@ -37,10 +37,21 @@ impl Host {
     }
 
     pub(crate) fn with(device: Arc<Echo>, change: impl FnOnce(&mut Options), mode: Mode) -> Self {
+        let pool = Arc::new(Pool::start(reactor::Options::default()).unwrap());
+        Self::on(pool, "test", device, change, mode)
+    }
+
+    /// A device whose queues are served by `pool`, in which no other device has this `label`.
+    pub(crate) fn on(
+        pool: Arc<Pool>,
+        label: &str,
+        device: Arc<Echo>,
+        change: impl FnOnce(&mut Options),
+        mode: Mode,
+    ) -> Self {
         let mut options = Options::new(new_path());
         change(&mut options);
-        let pool = Arc::new(Pool::start(reactor::Options::default()).unwrap());
-        let server = Server::new(QueueSet::new(device.clone(), pool, mode, "test"), &options).unwrap();
+        let server = Server::new(QueueSet::new(device.clone(), pool, mode, label), &options).unwrap();
         let handle = server.handle();
         let shutdown = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
         let until = shutdown.try_clone().unwrap();

@@ -3,12 +3,14 @@
 
 #![allow(clippy::unwrap_used)]
 
+mod blocked;
 mod bring_up;
 mod channel;
 mod device;
 mod guest;
 mod host;
 mod hostile;
+mod lease;
 mod listener;
 mod memory;
 mod migration;

@@ -2,22 +2,16 @@
 //!
 //! The file is not trusted. It may be shorter than claimed (refused here), be truncated later (caught by the SIGBUS
 //! guard), or live on a file system that a user program serves, where a page fault waits for as long as that program
-//! likes (refused here).
+//! likes (refused by [`super::origin`]).
 #![allow(unsafe_code)]
 
 use std::os::fd::AsFd;
 use std::ptr::NonNull;
 
-use rustix::fs::{fstat, fstatfs};
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 
+use super::origin::{self, Origin};
 use super::{Backing, sigbus};
-
-/// `FUSE_SUPER_MAGIC`, linux/magic.h.
-const FUSE_SUPER_MAGIC: u64 = 0x6573_5546;
-/// `HUGETLBFS_MAGIC`, linux/magic.h.
-const HUGETLBFS_MAGIC: u64 = 0x958_458f6;
-const PAGE_BYTES: u64 = 4096;
 
 /// Why a file could not be mapped.
 #[derive(Debug, thiserror::Error)]
@@ -43,6 +37,15 @@ pub enum MappingError {
         "the file is served by a user process (FUSE); guest memory must be a memfd, shared memory or a local file"
     )]
     UserFileSystem,
+    /// Nor can it be told that it would not.
+    #[error(
+        "the file is on a file system that is not mounted here, which a user process may serve (FUSE); guest memory must \
+         be a memfd, shared memory or a local file"
+    )]
+    UnknownFileSystem,
+    /// A device, a directory, a pipe.
+    #[error("guest memory must be a memfd, shared memory or a regular file")]
+    NotAFile,
     /// The system refused.
     #[error("cannot {what}: {source}")]
     System {
@@ -83,20 +86,12 @@ impl Mapping {
         let bad = MappingError::BadRange { offset, len };
         let end = offset.checked_add(len).filter(|&end| len != 0 && end < 1 << 62).ok_or(bad)?;
 
-        let stat = fstat(&file).map_err(system("examine the file"))?;
-        let have = u64::try_from(stat.st_size).unwrap_or(0);
+        // Told at once: closing a file waits for whoever serves it, and an error may be told only after that.
+        let told = |error: &MappingError| tracing::warn!(%error, "a file is not mapped");
+        let Origin { bytes: have, page_bytes: page } = origin::examine(file.as_fd()).inspect_err(told)?;
         if have < end {
             return Err(MappingError::FileTooShort { have, need: end });
         }
-        let kind = fstatfs(&file).map_err(system("examine the file system"))?.f_type as u64;
-        if kind == FUSE_SUPER_MAGIC {
-            return Err(MappingError::UserFileSystem);
-        }
-        // Huge pages can only be mapped and unmapped whole.
-        let page = match kind {
-            HUGETLBFS_MAGIC => (stat.st_blksize as u64).max(PAGE_BYTES),
-            _ => PAGE_BYTES,
-        };
         let map_offset = offset - offset % page;
         let map_len = (end - map_offset).next_multiple_of(page) as usize;
         // SAFETY: a new mapping at an address of the kernel's choice affects no existing memory.

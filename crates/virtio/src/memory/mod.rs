@@ -10,7 +10,11 @@ mod area;
 #[cfg(feature = "std")]
 mod dirty;
 #[cfg(feature = "std")]
+mod lease;
+#[cfg(feature = "std")]
 mod mapping;
+#[cfg(feature = "std")]
+mod origin;
 mod segment;
 #[cfg(feature = "std")]
 mod sigbus;
@@ -22,6 +26,8 @@ use core::fmt;
 pub use area::Area;
 #[cfg(feature = "std")]
 pub use dirty::{DirtyLog, LOG_PAGE_BYTES};
+#[cfg(feature = "std")]
+pub use lease::Lease;
 #[cfg(feature = "std")]
 pub use mapping::{Mapping, MappingError};
 pub use segment::{Segment, gather, scatter, total_len};
@@ -161,6 +167,8 @@ pub enum MemoryError {
 #[derive(Clone, Debug, Default)]
 pub struct Memory {
     regions: Box<[Region]>,
+    #[cfg(feature = "std")]
+    lease: Option<Lease>,
 }
 
 impl Memory {
@@ -178,13 +186,32 @@ impl Memory {
                 return Err(MemoryError::Overlap { first: pair[0].start(), second: pair[1].start() });
             }
         }
-        Ok(Self { regions: regions.into_boxed_slice() })
+        Ok(Self {
+            regions: regions.into_boxed_slice(),
+            #[cfg(feature = "std")]
+            lease: None,
+        })
     }
 
     /// The regions, in ascending order of address.
     #[must_use]
     pub fn regions(&self) -> &[Region] {
         &self.regions
+    }
+
+    /// The same map, to be worked on under `lease`.
+    #[cfg(feature = "std")]
+    #[must_use]
+    pub fn leased(&self, lease: Lease) -> Self {
+        Self { lease: Some(lease), ..self.clone() }
+    }
+
+    /// Under what the memory is worked on. Whoever has the kernel work on it asynchronously must have the kernel keep
+    /// the descriptor, too, for as long.
+    #[cfg(feature = "std")]
+    #[must_use]
+    pub fn lease(&self) -> Option<&Lease> {
+        self.lease.as_ref()
     }
 
     /// Whether memory behind any region has been taken away by the process that shares it.

@@ -3,6 +3,9 @@
 //! A chain taken from the ring occupies a slot of [`Chains`] until it is completed. The [`Token`] that names the slot
 //! cannot be copied: whoever holds it owns the request, and giving it back is completing it.
 
+#[cfg(all(test, feature = "std"))]
+mod tests;
+
 use alloc::boxed::Box;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
@@ -21,6 +24,12 @@ pub const CHAINS_PER_BURST_MAX: usize = 64;
 /// The most descriptors in one chain, indirect ones included. The same limit as QEMU's (`VIRTQUEUE_MAX_SIZE`) and
 /// the kernel's for one vectored request (`UIO_MAXIOV`), so a chain is always one system call's worth.
 pub const DESCRIPTORS_PER_CHAIN_MAX: u32 = 1024;
+
+/// Segments that each slot has room for from the start.
+const SEGMENTS_START: usize = 4;
+/// The most segments that a slot keeps room for when its chain is completed. A request of 256 KiB in single pages still
+/// finds room; the longest chains in all slots leave none behind (they take 16 KiB each).
+const SEGMENTS_KEPT_MAX: usize = 64;
 
 /// The right and the duty to complete one chain. Dropping it instead leaves the chain in flight for good.
 #[derive(Debug, PartialEq, Eq)]
@@ -65,6 +74,14 @@ pub(super) struct Slot {
     segments: Vec<Segment>,
 }
 
+impl Slot {
+    #[cold]
+    #[inline(never)]
+    fn shrink(&mut self) {
+        self.segments = Vec::with_capacity(SEGMENTS_START);
+    }
+}
+
 /// The chains of one queue that are in flight, and the memory their segments point into.
 pub struct Chains {
     slots: Box<[Slot]>,
@@ -79,7 +96,7 @@ impl Chains {
     pub fn new(config: &RingConfig, memory: Arc<Memory>) -> Self {
         Self {
             slots: (0..config.size)
-                .map(|_| Slot { segments: Vec::with_capacity(4), ..Slot::default() })
+                .map(|_| Slot { segments: Vec::with_capacity(SEGMENTS_START), ..Slot::default() })
                 .collect(),
             free: (0..config.size).rev().collect(),
             translator: Translator::new(memory),
@@ -123,6 +140,10 @@ impl Chains {
     /// Gives the slot back.
     #[inline(always)]
     pub(super) fn release(&mut self, token: Token) {
+        let slot = &mut self.slots[token.slot()];
+        if slot.segments.capacity() > SEGMENTS_KEPT_MAX {
+            slot.shrink();
+        }
         self.free.push(token.0);
     }
 
@@ -147,7 +168,7 @@ impl Chains {
             progress: Progress { descriptors: 0, writable: false },
         };
         if let Err(error) = walk(&mut builder) {
-            self.free.push(index);
+            self.release(Token(index));
             return Err(error);
         }
         if let Some(first) = slot.segments.first() {

@@ -130,6 +130,11 @@ pub enum RingError {
     /// Guest memory was taken away.
     #[error("the file behind guest memory was truncated")]
     MemoryGone,
+    /// The driver's side made a call block.
+    #[error(
+        "a call of the driver blocked: the descriptor it listens on was full, and had been made blocking"
+    )]
+    CallBlocked,
 }
 
 /// Which queue layout sizes, in bytes.

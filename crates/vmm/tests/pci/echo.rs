@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 use reactor::{Budget, Poller, Ticks, Work};
 use virtio::memory::{Mapping, gather, scatter, total_len};
 use virtio::ring::{Token, Used};
-use virtio::{ConfigError, ConfigListener, Device, PollerBuilder, Queue, SharedMemory};
+use virtio::{ConfigError, ConfigListener, Device, NotReady, PollerBuilder, Queue, SharedMemory};
 
 /// A feature of the device type.
 pub(crate) const FEATURE: u64 = 1 << 3;
@@ -99,9 +99,9 @@ impl Device for Echo {
         *self.listener.lock().unwrap() = listener;
     }
 
-    fn start_queue(&self, queue: Queue) -> PollerBuilder {
+    fn start_queue(&self, queue: Queue) -> Result<PollerBuilder, NotReady> {
         let switches = self.switches.clone();
-        Box::new(move || Box::new(EchoQueue { queue, tokens: Vec::new(), held: Vec::new(), switches }))
+        Ok(Box::new(move || Box::new(EchoQueue { queue, tokens: Vec::new(), held: Vec::new(), switches })))
     }
 
     fn reset(&self) {

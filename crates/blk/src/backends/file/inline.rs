@@ -10,7 +10,7 @@ use rustix::fs::{fallocate, fdatasync};
 use rustix::io::Errno;
 use virtio::ring::Chains;
 
-use super::Opened;
+use super::hold::Hold;
 use super::uring::report;
 use crate::backend::{Op, OpKind, Status};
 use crate::backends::stepwise::Steps;
@@ -25,13 +25,13 @@ const PIECES_MAX: usize = 1024;
 
 /// The way to a file, in place.
 pub(super) struct Inline {
-    file: Arc<Opened>,
+    hold: Arc<Hold>,
     pieces: Vec<libc::iovec>,
 }
 
 impl Inline {
-    pub(super) fn new(file: Arc<Opened>) -> Self {
-        Self { file, pieces: Vec::with_capacity(PIECES_MAX) }
+    pub(super) fn new(hold: Arc<Hold>) -> Self {
+        Self { hold, pieces: Vec::with_capacity(PIECES_MAX) }
     }
 
     fn transfer(&mut self, kind: OpKind, at: u64, pieces: Pieces<'_>) -> Result<u64, Errno> {
@@ -39,7 +39,7 @@ impl Inline {
         self.pieces
             .extend(pieces.take(PIECES_MAX).map(|p| libc::iovec { iov_base: p.ptr.cast(), iov_len: p.len }));
         let (fd, iov, count) =
-            (self.file.buffered.as_raw_fd(), self.pieces.as_ptr(), self.pieces.len() as libc::c_int);
+            (self.hold.file().buffered.as_raw_fd(), self.pieces.as_ptr(), self.pieces.len() as libc::c_int);
         // SAFETY: the pieces are guest memory, mapped while the chain is in flight, which it is during this call; the
         // list is a local one and as long as `count` says.
         let moved = unsafe {
@@ -54,13 +54,15 @@ impl Inline {
 
     fn zero(&self, unmap: bool, at: u64, len: u64) -> Result<u64, Errno> {
         let mut result = Err(Errno::OPNOTSUPP);
-        for &mode in self.file.zero_modes(unmap) {
-            result = fallocate(&self.file.buffered, mode, at, len).map(|()| len);
+        let file = self.hold.file();
+        for &mode in file.zero_modes(unmap) {
+            result = fallocate(&file.buffered, mode, at, len).map(|()| len);
             if result != Err(Errno::OPNOTSUPP) {
                 break;
             }
         }
-        result
+        // A signal: tmpfs has undone what it had done.
+        if result == Err(Errno::INTR) { Ok(0) } else { result }
     }
 }
 
@@ -79,9 +81,9 @@ impl Steps for Inline {
             }
             OpKind::Discard => self.zero(true, at, left.min(FREE_BYTES_MAX)),
             OpKind::WriteZeroes { unmap } => self.zero(unmap, at, left.min(FREE_BYTES_MAX)),
-            OpKind::Flush => fdatasync(&self.file.buffered).map(|()| 0),
+            OpKind::Flush => fdatasync(&self.hold.file().buffered).map(|()| 0),
             OpKind::SecureErase => Err(Errno::OPNOTSUPP),
         };
-        result.map(|moved| progress + moved).map_err(|error| report(&self.file.path, op, error))
+        result.map(|moved| progress + moved).map_err(|error| report(&self.hold.file().path, op, error))
     }
 }

@@ -6,6 +6,7 @@
 
 mod bounce;
 mod fixed;
+mod hold;
 mod inline;
 mod open;
 mod ring;
@@ -13,13 +14,18 @@ mod uring;
 
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use rustix::fs::FallocateFlags;
 use virtio::Memory;
 
-use crate::backend::{Backend, BackendError, Channel, Geometry};
+use self::hold::Hold;
+use self::inline::Inline;
+use self::uring::Uring;
+use crate::backend::{Backend, BackendError, ChannelBuilder, Geometry};
+use crate::backends::lock;
 use crate::backends::stepwise::Stepwise;
 
 /// Whether the host's page cache is bypassed.
@@ -46,6 +52,19 @@ pub enum Engine {
     Inline,
 }
 
+/// When an image is locked, and so kept from others that would write it, or read it while we do.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Lock {
+    /// It is ours from the beginning: opening fails where another has it, and no other service can open it like this.
+    #[default]
+    On,
+    /// While a queue runs, and not before: for the service that a guest is migrated to, which opens the image while
+    /// another uses it.
+    Late,
+    /// Never.
+    Off,
+}
+
 /// How to open a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FileOptions {
@@ -55,8 +74,8 @@ pub struct FileOptions {
     pub direct: Direct,
     /// The way to the kernel.
     pub engine: Engine,
-    /// Keep others from writing the file at the same time, and from reading it while we write.
-    pub lock: bool,
+    /// Keep others from using the file at the same time.
+    pub lock: Lock,
     /// With io_uring: let a kernel thread look for requests, which sleeps after this many milliseconds without. Costs
     /// that thread's CPU.
     pub sqpoll_ms: Option<u32>,
@@ -70,7 +89,7 @@ impl Default for FileOptions {
             read_only: false,
             direct: Direct::Auto,
             engine: Engine::Auto,
-            lock: true,
+            lock: Lock::On,
             sqpoll_ms: None,
             fixed_buffers: false,
         }
@@ -87,6 +106,9 @@ struct DirectAlign {
 }
 
 /// An open file, as the queues share it.
+///
+/// It is locked twice. While a queue runs, a [`hold::Hold`] has `buffered` locked, against any other use. And with
+/// [`Lock::On`], `_owner` is locked for as long as it is open, which says whose the image is while no queue runs.
 #[derive(Debug)]
 struct Opened {
     path: PathBuf,
@@ -94,8 +116,9 @@ struct Opened {
     buffered: OwnedFd,
     /// Goes past it.
     direct: Option<(OwnedFd, DirectAlign)>,
-    /// Holds the lock.
-    _lock: Option<OwnedFd>,
+    /// A descriptor for the lock alone: it goes with this process, whatever the kernel still does for a ring.
+    _owner: Option<OwnedFd>,
+    users: Mutex<hold::Users>,
     options: FileOptions,
     kind: Kind,
     /// Smallest efficient unit in bytes.
@@ -161,20 +184,22 @@ impl Backend for File {
         }
     }
 
-    fn channel(&self, memory: &Arc<Memory>, depth: u16) -> Result<Box<dyn Channel>, BackendError> {
-        let opened = &self.opened;
-        let inline = || Box::new(Stepwise::new(inline::Inline::new(opened.clone()), depth));
-        match (opened.options.engine, opened.kind) {
-            (Engine::Inline, _) | (Engine::Auto, Kind::Tmpfs) => Ok(inline()),
-            (Engine::Uring, _) => Ok(Box::new(uring::Uring::new(opened.clone(), memory, depth)?)),
-            (Engine::Auto, _) => match uring::Uring::new(opened.clone(), memory, depth) {
-                Ok(uring) => Ok(Box::new(uring)),
-                Err(error) => {
-                    tracing::warn!(%error, "no io_uring: the I/O thread waits for each request");
-                    Ok(inline())
+    fn channel(&self, memory: &Arc<Memory>, depth: u16) -> Result<ChannelBuilder, BackendError> {
+        let hold = Arc::new(Hold::take(&self.opened, lock::WAIT)?);
+        let memory = memory.clone();
+        Ok(Box::new(move || {
+            let (engine, kind) = (hold.file().options.engine, hold.file().kind);
+            if engine != Engine::Inline && (engine, kind) != (Engine::Auto, Kind::Tmpfs) {
+                match Uring::new(&hold, &memory, depth) {
+                    Ok(uring) => return Ok(Box::new(uring)),
+                    Err(error) if engine == Engine::Uring => return Err(error),
+                    Err(error) => {
+                        tracing::warn!(%error, "no io_uring: the I/O thread waits for each request");
+                    }
                 }
-            },
-        }
+            }
+            Ok(Box::new(Stepwise::new(Inline::new(hold), depth)))
+        }))
     }
 
     fn resize(&self, bytes: Option<u64>) -> Result<Geometry, BackendError> {
@@ -189,6 +214,7 @@ impl Backend for File {
                     &"resize it where it is, then take that over",
                 ));
             }
+            let _hold = Hold::take(opened, Duration::ZERO)?;
             rustix::fs::ftruncate(&opened.buffered, bytes & !511)
                 .map_err(|e| failed("changing its size", &e))?;
         }

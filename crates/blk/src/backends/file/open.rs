@@ -1,9 +1,12 @@
 //! Opens a file and finds out what it can do.
 
 use std::ffi::CString;
+use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
+use std::sync::Mutex;
+use std::time::Duration;
 
 use rustix::fs::{
     AtFlags, FallocateFlags, FileType, Mode, OFlags, SeekFrom, StatxFlags, fallocate, fstat, fstatfs,
@@ -12,12 +15,16 @@ use rustix::fs::{
 use rustix::io::Errno;
 
 use super::bounce::Bounce;
-use super::{Direct, DirectAlign, FileOptions, Kind, Opened};
+use super::{Direct, DirectAlign, FileOptions, Kind, Lock, Opened};
 use crate::backend::BackendError;
 use crate::backends::lock;
 
 /// `TMPFS_MAGIC`, linux/magic.h.
 const TMPFS_MAGIC: u64 = 0x0102_1994;
+/// What is said of a file that is locked.
+const IN_USE: &str = "another process uses it (lock=late opens it all the same and waits when a guest comes, lock=off overrides)";
+/// How long a process that was killed may take to end: the memory of a large guest takes a while to unmap.
+const END_WAIT: Duration = Duration::from_secs(1);
 /// The least and most of what is announced as a unit.
 const BLOCK_BYTES_MIN: u32 = 512;
 const BLOCK_BYTES_MAX: u32 = 4096;
@@ -43,23 +50,19 @@ pub(super) fn open(path: &Path, options: FileOptions) -> Result<(Opened, u64), B
         _ => return Err(failed("it must be a regular file or a block device", &"it is something else")),
     };
     rustix::fs::fcntl_setfl(&buffered, OFlags::empty()).map_err(|e| failed("making it wait", &e))?;
-    // A descriptor for the lock alone: a ring that is torn down lets go of the files it knows some time later, and the
-    // lock must not be held for that long.
-    let locked = if options.lock {
-        let file = reopen(OFlags::NONBLOCK).map_err(|e| failed(permission(options), &e))?;
-        lock::lock(&file, !options.read_only).map_err(|error| match error.kind() {
-            std::io::ErrorKind::WouldBlock => {
-                failed("locking it", &"another process uses it (lock=off overrides)")
-            }
+    let owner = match options.lock {
+        Lock::On => Some(reopen(OFlags::NONBLOCK).map_err(|e| failed(permission(options), &e))?),
+        Lock::Late | Lock::Off => None,
+    };
+    if let Some(owner) = &owner {
+        own(owner, path, !options.read_only).map_err(|error| match error.kind() {
+            io::ErrorKind::WouldBlock => failed("locking it", &IN_USE),
             _ => failed("locking it", &error),
         })?;
-        if !same_file(&file, &stat) {
+        if !same_file(owner, &stat) {
             return Err(failed("locking it", &"it was replaced by another file meanwhile"));
         }
-        Some(file)
-    } else {
-        None
-    };
+    }
     let bytes = size(&buffered).map_err(|e| failed("reading its size", &e))?;
     if bytes % 512 != 0 {
         tracing::warn!(path = %path.display(), bytes, "the bytes beyond the last whole sector cannot be reached");
@@ -85,12 +88,20 @@ pub(super) fn open(path: &Path, options: FileOptions) -> Result<(Opened, u64), B
         block_bytes: natural.clamp(BLOCK_BYTES_MIN, BLOCK_BYTES_MAX).next_power_of_two(),
         buffered,
         direct,
-        _lock: locked,
+        _owner: owner,
+        users: Mutex::default(),
         options,
         kind,
     };
     tracing::debug!(?opened, bytes, "opened");
     Ok((opened, bytes & !511))
+}
+
+/// Makes the image ours. Where another service has it, that is soon clear: one that was killed ends soon. What the kernel
+/// still does for that is waited for longer.
+fn own(owner: &OwnedFd, path: &Path, write: bool) -> io::Result<()> {
+    lock::wait(path, END_WAIT, || lock::lock(owner, lock::OWNERSHIP, write))?;
+    lock::wait(path, lock::WAIT, || lock::test(owner, lock::USE, write))
 }
 
 fn permission(options: FileOptions) -> &'static str {

@@ -4,11 +4,15 @@
 //! completion is seen. All of them are owned here: guest memory by the reference to its map, bounce buffers and
 //! address lists in the slot of their request. Dropping the ring waits for what is in flight; if that takes too long,
 //! the buffers are never freed.
+//!
+//! A killed process drops nothing, and the kernel may go on working for it. What keeps its successor away then are locks
+//! of open files (of the image and, by the lease, of guest memory), and the ring registers those files: the kernel
+//! lets go of what is registered when the last request of the ring is done.
 #![allow(unsafe_code)]
 
 use std::io;
 use std::mem::ManuallyDrop;
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 use std::time::{Duration, Instant};
@@ -20,6 +24,7 @@ use virtio::Memory;
 
 use super::bounce::Bounce;
 use super::fixed::FixedBuffers;
+use super::hold::Hold;
 use crate::data::{Piece, Pieces};
 
 /// The most pieces in one request (`UIO_MAXIOV`).
@@ -46,6 +51,7 @@ pub(super) struct Ring {
     uring: ManuallyDrop<IoUring>,
     slots: ManuallyDrop<Box<[Buffers]>>,
     memory: ManuallyDrop<Arc<Memory>>,
+    hold: ManuallyDrop<Arc<Hold>>,
     fixed: Option<FixedBuffers>,
     event: OwnedFd,
     /// Requests made and not seen completed.
@@ -55,17 +61,20 @@ pub(super) struct Ring {
 }
 
 impl Ring {
-    /// A ring for `depth` requests on `files`, which are then named by their index. To be called, as everything else
-    /// here, on the thread that uses it.
+    /// A ring for `depth` requests on `files`, which are then named by their index; what `hold` has locked must be one
+    /// of them. To be called, as everything else here, on the thread that uses it.
     pub(super) fn new(
         memory: &Arc<Memory>,
+        hold: &Arc<Hold>,
         depth: u16,
         files: &[RawFd],
         sqpoll_ms: Option<u32>,
         fixed_buffers: bool,
     ) -> io::Result<Self> {
         let mut uring = build(u32::from(depth).next_power_of_two().max(8), sqpoll_ms)?;
-        uring.submitter().register_files(files)?;
+        let lease = memory.lease().map(|lease| lease.as_fd().as_raw_fd());
+        let files: Vec<RawFd> = files.iter().copied().chain(lease).collect();
+        uring.submitter().register_files(&files)?;
         // Without it a call costs a few nanoseconds more; a thread has room for 16.
         let _ = uring.submitter().register_ring_fd();
         let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
@@ -76,6 +85,7 @@ impl Ring {
             uring: ManuallyDrop::new(uring),
             slots: ManuallyDrop::new((0..depth).map(|_| Buffers::default()).collect()),
             memory: ManuallyDrop::new(memory.clone()),
+            hold: ManuallyDrop::new(hold.clone()),
             fixed,
             event,
             in_flight: 0,
@@ -223,6 +233,7 @@ impl Drop for Ring {
         }
         if self.in_flight > 0 {
             tracing::error!(requests = self.in_flight, "storage does not answer: leaving its buffers to it");
+            self.hold.abandon();
             return;
         }
         let _ = self.uring.submitter().unregister_ring_fd();
@@ -231,6 +242,7 @@ impl Drop for Ring {
             ManuallyDrop::drop(&mut self.uring);
             ManuallyDrop::drop(&mut self.slots);
             ManuallyDrop::drop(&mut self.memory);
+            ManuallyDrop::drop(&mut self.hold);
         }
     }
 }

@@ -16,6 +16,7 @@ use virtio::Memory;
 use virtio::ring::Chains;
 
 use super::bounce::{BOUNCE_BYTES, Bounce};
+use super::hold::Hold;
 use super::ring::{PIECES_MAX, Ring, Way};
 use super::{DirectAlign, Opened};
 use crate::backend::{BackendError, Channel, Done, Op, OpKind, Status};
@@ -56,16 +57,19 @@ pub(super) struct Uring {
 }
 
 impl Uring {
-    pub(super) fn new(file: Arc<Opened>, memory: &Arc<Memory>, depth: u16) -> Result<Self, BackendError> {
+    pub(super) fn new(hold: &Arc<Hold>, memory: &Arc<Memory>, depth: u16) -> Result<Self, BackendError> {
+        let file = hold.file().clone();
+        // The one that is locked is always among them.
         let files = match &file.direct {
             Some((direct, _)) => vec![direct.as_raw_fd(), file.buffered.as_raw_fd()],
             None => vec![file.buffered.as_raw_fd()],
         };
         // Pinned pages pay only where the kernel would otherwise pin them for each request.
         let fixed = file.options.fixed_buffers && file.direct.is_some();
-        let ring = Ring::new(memory, depth, &files, file.options.sqpoll_ms, fixed).map_err(|error| {
-            BackendError(format!("making an io_uring for {}: {error}", file.path.display()))
-        })?;
+        let ring =
+            Ring::new(memory, hold, depth, &files, file.options.sqpoll_ms, fixed).map_err(|error| {
+                BackendError(format!("making an io_uring for {}: {error}", file.path.display()))
+            })?;
         Ok(Self {
             ring,
             align: file.direct.as_ref().map(|&(_, align)| align),

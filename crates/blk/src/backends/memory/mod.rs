@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use virtio::ring::Chains;
 
 use self::store::Store;
-use crate::backend::{Backend, BackendError, Channel, Geometry, Op, OpKind, Status};
+use crate::backend::{Backend, BackendError, ChannelBuilder, Geometry, Op, OpKind, Status};
 use crate::backends::stepwise::{Steps, Stepwise};
 use crate::data::Pieces;
 
@@ -48,8 +48,9 @@ impl Backend for Memory {
         }
     }
 
-    fn channel(&self, _memory: &Arc<virtio::Memory>, depth: u16) -> Result<Box<dyn Channel>, BackendError> {
-        Ok(Box::new(Stepwise::new(InPlace { store: self.store.clone(), ahead: 0 }, depth)))
+    fn channel(&self, _memory: &Arc<virtio::Memory>, depth: u16) -> Result<ChannelBuilder, BackendError> {
+        let store = self.store.clone();
+        Ok(Box::new(move || Ok(Box::new(Stepwise::new(InPlace { store, ahead: 0 }, depth)))))
     }
 
     fn resize(&self, bytes: Option<u64>) -> Result<Geometry, BackendError> {

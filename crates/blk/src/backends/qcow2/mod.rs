@@ -21,7 +21,7 @@ use imago::{
 use virtio::Memory;
 
 use self::channel::Threaded;
-use crate::backend::{Backend, BackendError, Channel, Geometry};
+use crate::backend::{Backend, BackendError, ChannelBuilder, Geometry};
 use crate::backends::lock;
 
 /// The most threads of a queue.
@@ -54,7 +54,9 @@ struct Image {
     path: PathBuf,
     /// Discards and resizes need it alone, all else shares it.
     access: RwLock<FormatAccess<ImageFile>>,
-    /// Holds the lock, and is dropped after `access` has written what it had cached.
+    /// Holds the lock, and is dropped after `access` has written what it had cached. A killed process keeps it for as long
+    /// as it can still write: what the threads do they do in their own system calls, and files are closed when the last
+    /// thread has returned from its.
     _lock: Option<std::fs::File>,
 }
 
@@ -83,7 +85,7 @@ impl Qcow2 {
         let locked = if options.lock {
             let file = OpenOptions::new().read(true).write(!options.read_only).open(path);
             let file = file.map_err(|e| failed("opening the file", &e))?;
-            lock::lock(&file, !options.read_only).map_err(|error| match error.kind() {
+            lock::lock(&file, lock::ALL, !options.read_only).map_err(|error| match error.kind() {
                 std::io::ErrorKind::WouldBlock => {
                     failed("locking it", &"another process uses it (lock=off overrides)")
                 }
@@ -131,8 +133,9 @@ impl Backend for Qcow2 {
         }
     }
 
-    fn channel(&self, _memory: &Arc<Memory>, depth: u16) -> Result<Box<dyn Channel>, BackendError> {
-        Ok(Box::new(Threaded::new(&self.image, self.options.threads, depth)?))
+    fn channel(&self, _memory: &Arc<Memory>, depth: u16) -> Result<ChannelBuilder, BackendError> {
+        let (image, threads) = (self.image.clone(), self.options.threads);
+        Ok(Box::new(move || Ok(Box::new(Threaded::new(&image, threads, depth)?))))
     }
 
     fn resize(&self, bytes: Option<u64>) -> Result<Geometry, BackendError> {
