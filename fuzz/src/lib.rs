@@ -6,5 +6,6 @@
 pub mod blk;
 pub mod config;
 mod input;
+pub mod pci;
 pub mod ring;
 pub mod vhost_user;

@@ -33,6 +33,11 @@ fn vhost_user() {
 }
 
 #[test]
+fn pci() {
+    replay("pci", fuzz::pci::run);
+}
+
+#[test]
 fn config() {
     replay("config", fuzz::config::run);
 }

@@ -13,6 +13,7 @@ mod drain;
 pub mod failure;
 pub mod feature;
 mod group;
+pub mod guest;
 pub mod options;
 pub mod report;
 mod service;

@@ -8,8 +8,9 @@ use std::sync::Arc;
 use reactor::{Budget, Poller, Ticks};
 
 use crate::features;
+use crate::kick::Kick;
 use crate::memory::{Area, GuestAddr, Mapping, Memory, Region, Segment, Translator, gather, scatter};
-use crate::queue::{Kick, Queue, QueueConfig, QueueHandle};
+use crate::queue::{Queue, QueueConfig, QueueHandle};
 use crate::ring::{Buffer, Completion, DriverRing, RingConfig, RingFormat};
 
 /// What the fake guest looks like.

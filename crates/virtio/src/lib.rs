@@ -35,6 +35,8 @@ pub mod fake;
 #[cfg(feature = "std")]
 mod inflight;
 #[cfg(feature = "std")]
+mod kick;
+#[cfg(feature = "std")]
 mod queue;
 #[cfg(feature = "std")]
 mod queue_set;
@@ -48,7 +50,9 @@ pub use device::{ConfigError, ConfigListener, Device, NotReady, PollerBuilder, S
 #[cfg(feature = "std")]
 pub use inflight::{Inflight, InflightError};
 #[cfg(feature = "std")]
-pub use queue::{ErrorHook, Kick, Queue, QueueConfig, QueueHandle, UsedLog};
+pub use kick::{Doorbell, Kick};
+#[cfg(feature = "std")]
+pub use queue::{ErrorHook, Queue, QueueConfig, QueueHandle, UsedLog};
 #[cfg(feature = "std")]
 pub use queue_set::{QueueSet, StartError};
 #[cfg(feature = "std")]

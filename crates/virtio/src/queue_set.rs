@@ -6,7 +6,8 @@ use reactor::{Mode, PollerHandle, PollerState, Pool};
 
 use crate::call::Call;
 use crate::device::{Device, NotReady};
-use crate::queue::{Kick, Queue, QueueConfig, QueueHandle};
+use crate::kick::Kick;
+use crate::queue::{Queue, QueueConfig, QueueHandle};
 use crate::ring::{RingError, RingState};
 use crate::stats::QueueCounters;
 
@@ -76,6 +77,8 @@ pub struct QueueSet {
     mode: Mode,
     label: String,
     running: Vec<Option<Running>>,
+    /// By queue: what it counted in its earlier lives.
+    past: Vec<QueueCounters>,
 }
 
 impl QueueSet {
@@ -83,8 +86,9 @@ impl QueueSet {
     /// is unique in `pool`; `mode` is how its queues notice requests.
     #[must_use]
     pub fn new(device: Arc<dyn Device>, pool: Arc<Pool>, mode: Mode, label: impl Into<String>) -> Self {
-        let running = (0..device.queues()).map(|_| None).collect();
-        Self { device, pool, mode, label: label.into(), running }
+        let running: Vec<_> = (0..device.queues()).map(|_| None).collect();
+        let past = vec![QueueCounters::default(); running.len()];
+        Self { device, pool, mode, label: label.into(), running, past }
     }
 
     /// The device.
@@ -135,6 +139,7 @@ impl QueueSet {
         let Running { poller, queue } = self.running.get_mut(usize::from(index))?.take()?;
         // Dropping the handle waits for the poller to be gone.
         drop(poller);
+        self.past[usize::from(index)] += queue.counters();
         queue.stopped_at()
     }
 
@@ -187,6 +192,14 @@ impl QueueSet {
     #[must_use]
     pub fn counters(&self, index: u16) -> Option<QueueCounters> {
         Some(self.get(index)?.queue.counters())
+    }
+
+    /// What a queue has counted in all its lives, the present one included; None if there is no such queue.
+    #[must_use]
+    pub fn lifetime_counters(&self, index: u16) -> Option<QueueCounters> {
+        let mut counters = *self.past.get(usize::from(index))?;
+        counters += self.counters(index).unwrap_or_default();
+        Some(counters)
     }
 
     fn get(&self, index: u16) -> Option<&Running> {

@@ -1,5 +1,6 @@
 //! What a queue counts about itself: written by its I/O thread, read by anyone.
 
+use std::ops::AddAssign;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// A counter with one writer. Reading it from elsewhere is exact, merely not synchronized with anything.
@@ -42,6 +43,17 @@ pub struct QueueCounters {
     pub calls_suppressed: u64,
     /// Times kicks were switched on because the I/O thread was about to sleep.
     pub kicks_enabled: u64,
+}
+
+impl AddAssign for QueueCounters {
+    fn add_assign(&mut self, other: Self) {
+        let Self { requests, bursts, calls, calls_suppressed, kicks_enabled } = other;
+        self.requests += requests;
+        self.bursts += bursts;
+        self.calls += calls;
+        self.calls_suppressed += calls_suppressed;
+        self.kicks_enabled += kicks_enabled;
+    }
 }
 
 impl QueueStats {

@@ -16,11 +16,12 @@ use crate::needs;
 use crate::scratch::output;
 
 const INIT: &str = include_str!("guest/init");
-const JOBS: [(&str, &str); 6] = [
+const JOBS: [(&str, &str); 7] = [
     ("endless", include_str!("guest/jobs/endless")),
     ("filesystem", include_str!("guest/jobs/filesystem")),
     ("migration", include_str!("guest/jobs/migration")),
     ("multiqueue", include_str!("guest/jobs/multiqueue")),
+    ("nested", include_str!("guest/jobs/nested")),
     ("readonly", include_str!("guest/jobs/readonly")),
     ("restart", include_str!("guest/jobs/restart")),
 ];
@@ -34,6 +35,11 @@ type Tree = BTreeMap<String, Vec<u8>>;
 
 /// The archive for guests of `kernel`, with these `programs` from this machine besides busybox.
 pub(crate) fn build(name: &str, kernel: &Kernel, programs: &[&str]) -> PathBuf {
+    build_with(name, kernel, programs, &[])
+}
+
+/// The same with more `files`: paths in the guest, and what is there. Programs among them come with their libraries.
+pub(crate) fn build_with(name: &str, kernel: &Kernel, programs: &[&str], files: &[(&str, &Path)]) -> PathBuf {
     let mut tree = Tree::new();
     tree.insert("init".into(), INIT.into());
     for (job, script) in JOBS {
@@ -47,8 +53,13 @@ pub(crate) fn build(name: &str, kernel: &Kernel, programs: &[&str]) -> PathBuf {
         read(&needs::program("busybox").expect("busybox is a need of every guest")),
     );
     tree.insert("bin/ledger".into(), read(&ledger()));
-    for program in programs {
-        add_program(&mut tree, program);
+    for name in programs {
+        let path =
+            needs::program(name).unwrap_or_else(|| panic!("{name} is not among the needs of its test"));
+        add_program(&mut tree, &format!("usr/bin/{name}"), &path);
+    }
+    for (inside, path) in files {
+        add_program(&mut tree, inside, path);
     }
     let mut hash = DefaultHasher::new();
     tree.hash(&mut hash);
@@ -90,15 +101,15 @@ fn ledger() -> PathBuf {
     binary
 }
 
-/// Adds a program under its own path, and the libraries `ldd` finds for it under theirs.
-fn add_program(tree: &mut Tree, name: &str) {
-    let path = needs::program(name).unwrap_or_else(|| panic!("{name} is not among the needs of its test"));
-    let libraries = output(Command::new("ldd").arg(&path));
-    for library in libraries.split_whitespace().filter(|word| word.starts_with('/')) {
+/// Adds a program as `inside`, and the libraries `ldd` finds for it under their own paths: none for other files.
+fn add_program(tree: &mut Tree, inside: &str, path: &Path) {
+    let libraries = Command::new("ldd").arg(path).output().expect("run ldd");
+    let libraries = String::from_utf8_lossy(&libraries.stdout).into_owned();
+    for library in libraries.split_whitespace().filter(|word| word.starts_with('/') && !word.ends_with(':')) {
         let inside = library.trim_start_matches('/').to_owned();
         tree.entry(inside).or_insert_with(|| read(Path::new(library)));
     }
-    tree.insert(format!("usr/bin/{name}"), read(&path));
+    tree.insert(inside.to_owned(), read(path));
 }
 
 fn load_module(path: &Path) -> Vec<u8> {

@@ -5,7 +5,6 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use crate::needs;
-use crate::scratch::output;
 
 pub(crate) struct Kernel {
     pub(crate) image: PathBuf,
@@ -13,8 +12,17 @@ pub(crate) struct Kernel {
     pub(crate) modules: Vec<PathBuf>,
 }
 
-/// A kernel of this machine for a PC guest, preferably Debian's small one for clouds.
+/// A kernel of this machine for a PC guest with a virtio disk, preferably Debian's small one for clouds.
 pub(crate) fn pc() -> Result<Kernel, String> {
+    pc_with(&["virtio_pci", "virtio_blk"])
+}
+
+/// The same kernel with the modules that let it run guests of its own, on the AMD processor that QEMU emulates.
+pub(crate) fn host() -> Result<Kernel, String> {
+    pc_with(&["kvm_amd"])
+}
+
+fn pc_with(drivers: &[&str]) -> Result<Kernel, String> {
     let modprobe = needs::program("modprobe").ok_or("no modprobe installed")?;
     let mut versions = children("/boot")
         .filter_map(|path| Some(path.file_name()?.to_str()?.strip_prefix("vmlinuz-")?.to_owned()))
@@ -24,8 +32,11 @@ pub(crate) fn pc() -> Result<Kernel, String> {
     versions.sort_by_key(|version| (version.contains("cloud"), version.clone()));
     let version = versions.pop().ok_or("no readable kernel with modules in /boot")?;
     let mut modules = Vec::new();
-    for name in ["virtio_pci", "virtio_blk"] {
-        let list = output(Command::new(&modprobe).args(["-S", &version, "--show-depends", name]));
+    for name in drivers {
+        let list = Command::new(&modprobe).args(["-S", &version, "--show-depends", name]).output();
+        let list = list.ok().filter(|list| list.status.success());
+        let list = list.ok_or_else(|| format!("no module {name} for the kernel {version}"))?;
+        let list = String::from_utf8_lossy(&list.stdout).into_owned();
         let files = list.lines().filter_map(|line| line.strip_prefix("insmod "));
         for file in files.map(|file| PathBuf::from(file.trim())) {
             if !modules.contains(&file) {

@@ -1,17 +1,21 @@
 //! Real clients against the real program: a Linux kernel's own virtio drivers, in User-Mode Linux and in QEMU, use a
 //! disk that `exitless blk` serves, and both sides are then asked whether every byte is where it should be.
 //!
-//! A test reads as a story in its own file ([`filesystem`], [`multiqueue`], [`restart`], [`migration`]). What the guest
+//! A test reads as a story in its own file ([`filesystem`], [`multiqueue`], [`nested`], [`restart`], [`migration`]). What the guest
 //! does is a shell script in `guest/jobs`; it answers in lines `RESULT name ok|fail detail`, which [`guest`] collects.
 //! A test whose tools are missing says so through [`needs`], and `./test` counts it as skipped.
+//!
+//! One guest is ours: [`embedded`] boots the guest that the program embeds.
 //!
 //! `EXITLESS_TEST_SERVER=qsd` puts qemu-storage-daemon in our program's place. A test that fails with both servers is
 //! itself at fault.
 
+mod embedded;
 mod filesystem;
 mod lifecycle;
 mod migration;
 mod multiqueue;
+mod nested;
 mod readonly;
 mod restart;
 

@@ -17,6 +17,8 @@ pub(crate) enum Need {
     Program(&'static str),
     /// A kernel for QEMU guests, with its modules.
     PcKernel,
+    /// The same kernel, with KVM for AMD processors.
+    HostKernel,
     /// User-Mode Linux with its virtio block driver.
     UmlKernel,
 }
@@ -61,11 +63,12 @@ fn missing(needs: &[Need]) -> Option<String> {
     let unmet = needs.iter().find_map(|need| match need {
         Need::Program(name) => program(name).is_none().then(|| format!("no {name} installed")),
         Need::PcKernel => kernel::pc().err(),
+        Need::HostKernel => kernel::host().err(),
         Need::UmlKernel => kernel::uml().err(),
     });
-    unmet
-        .or_else(|| program("busybox").is_none().then(|| "no busybox installed".into()))
-        .or_else(service::missing)
+    let linux = needs.iter().any(|need| matches!(need, Need::PcKernel | Need::UmlKernel));
+    let busybox = || (linux && program("busybox").is_none()).then(|| "no busybox installed".into());
+    unmet.or_else(busybox).or_else(service::missing)
 }
 
 fn record(test: &str, reason: &str) {

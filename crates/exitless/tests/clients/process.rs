@@ -6,7 +6,7 @@ use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread;
+use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process, kill_process_group};
@@ -18,6 +18,7 @@ pub(crate) struct Process {
     name: String,
     child: Child,
     output: Arc<Output>,
+    readers: Vec<JoinHandle<()>>,
 }
 
 #[derive(Default)]
@@ -49,9 +50,11 @@ impl Process {
             .spawn()
             .unwrap_or_else(|error| panic!("cannot start {command:?}: {error}"));
         let output = Arc::new(Output::default());
-        output.follow(child.stdout.take().expect("stdout is piped"));
-        output.follow(child.stderr.take().expect("stderr is piped"));
-        Self { name: name.to_owned(), child, output }
+        let readers = vec![
+            output.follow(child.stdout.take().expect("stdout is piped")),
+            output.follow(child.stderr.take().expect("stderr is piped")),
+        ];
+        Self { name: name.to_owned(), child, output, readers }
     }
 
     /// The write end of the process's stdin, once.
@@ -98,6 +101,13 @@ impl Process {
         }
     }
 
+    /// Waits until the process ends, as [`Process::wait`], and returns all that it printed.
+    pub(crate) fn finish(mut self, limit: Duration) -> (ExitStatus, Vec<String>) {
+        let status = self.wait(limit);
+        self.readers.drain(..).for_each(|reader| reader.join().expect("read what a child prints"));
+        (status, self.lines())
+    }
+
     pub(crate) fn is_running(&mut self) -> bool {
         self.child.try_wait().expect("wait for a child").is_none()
     }
@@ -141,7 +151,7 @@ impl Output {
         self.lines.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn follow(self: &Arc<Self>, stream: impl Read + Send + 'static) {
+    fn follow(self: &Arc<Self>, stream: impl Read + Send + 'static) -> JoinHandle<()> {
         let output = Arc::clone(self);
         thread::spawn(move || {
             for line in BufReader::new(stream).split(b'\n') {
@@ -149,6 +159,6 @@ impl Output {
                 output.lock().push(String::from_utf8_lossy(&line).trim_end().to_owned());
                 output.grown.notify_all();
             }
-        });
+        })
     }
 }

@@ -13,6 +13,14 @@ const ALLOWED: &[&str] = &[
     "crates/blk/src/backends/file/ring.rs",
     "crates/blk/src/backends/memory/copy.rs",
     "crates/blk/src/backends/memory/store.rs",
+    "crates/guest/src/image/bytes.rs",
+    "crates/guest/src/image/main.rs",
+    "crates/guest/src/machine/clock.rs",
+    "crates/guest/src/machine/heap.rs",
+    "crates/guest/src/machine/mmio.rs",
+    "crates/guest/src/machine/service.rs",
+    "crates/guest/src/machine/smp.rs",
+    "crates/guest/src/machine/sync.rs",
     "crates/reactor/src/raw_fd.rs",
     "crates/reactor/src/tsc.rs",
     "crates/reactor/src/watchdog/signal.rs",
@@ -21,6 +29,8 @@ const ALLOWED: &[&str] = &[
     "crates/virtio/src/memory/segment.rs",
     "crates/virtio/src/memory/sigbus.rs",
     "crates/virtio/src/memory/translate.rs",
+    "crates/vmm/src/raw.rs",
+    "crates/vmm/src/vcpu/kick.rs",
 ];
 
 const OPT_IN: &str = "#![allow(unsafe_code)]";

@@ -1,0 +1,121 @@
+//! Round trips of single requests: from the kick to the interrupt that says it is done, on a processor that sleeps
+//! meanwhile and on one that runs.
+
+use core::fmt::{self, Display, Formatter};
+use core::hint::spin_loop;
+
+use super::{JobError, blk};
+use crate::disk::{DiskError, DiskQueue, Operation};
+use crate::histogram::Histogram;
+use crate::machine::Machine;
+use crate::machine::clock::Clock;
+use crate::machine::console::{self, Mark, mark};
+use crate::machine::service::{enable_interrupts, ticks};
+use crate::options::{Options, SECTOR_BYTES};
+use crate::pattern::Random;
+use crate::pci::Function;
+use crate::report::Object;
+
+/// Rounds of a kind before they are counted.
+const WARM_UP: u64 = 16;
+
+/// Runs the job and prints its result.
+///
+/// # Errors
+/// See [`JobError`].
+pub fn run(machine: &Machine, disks: &[Function], options: &Options) -> Result<(), JobError> {
+    let of_disk = |source| JobError::Disk { disk: options.disk, source };
+    let disk = blk::open(disks, options.disk)?;
+    let asked = Options { interrupts: true, jobs: 1, depth: 1, ..options.clone() };
+    let mut queues = disk.open(machine, &asked).map_err(of_disk)?;
+    let queue = queues.first_mut().ok_or(JobError::NoOutcome(0))?;
+    enable_interrupts();
+
+    let mut trips =
+        Trips { queue, random: Random::new(options.seed), blocks: disk.blocks(options.block_bytes) };
+    mark(Mark::Begin);
+    let asleep = trips.run(machine.clock.deadline_ms(options.ms / 2), true).map_err(of_disk)?;
+    let awake = trips.run(machine.clock.deadline_ms(options.ms / 2), false).map_err(of_disk)?;
+    mark(Mark::End);
+    disk.close().map_err(of_disk)?;
+    console::print(&Report { options, clock: machine.clock, asleep: &asleep, awake: &awake });
+    Ok(())
+}
+
+/// What was measured of one kind of wait.
+#[derive(Default)]
+struct Times {
+    /// The instruction that kicks.
+    kick: Histogram,
+    /// From before the kick until the interrupt was seen.
+    trip: Histogram,
+    errors: u64,
+}
+
+struct Trips<'a> {
+    queue: &'a mut DiskQueue,
+    random: Random,
+    blocks: u64,
+}
+
+impl Trips<'_> {
+    fn run(&mut self, end: u64, sleep: bool) -> Result<Times, DiskError> {
+        let mut times = Times::default();
+        let sectors = u64::from(self.queue.block_bytes() / SECTOR_BYTES);
+        let mut round = 0;
+        while ticks() < end || round <= WARM_UP {
+            self.queue.arm_calls();
+            let seen = self.queue.interrupt().map_or(0, |interrupt| interrupt.count());
+            let sector = self.random.below(self.blocks) * sectors;
+            self.queue.add(0, Operation::Read, sector);
+            let before = ticks();
+            self.queue.publish();
+            let kicked = ticks();
+            while let Some(interrupt) = self.queue.interrupt().filter(|interrupt| interrupt.count() == seen) {
+                if sleep {
+                    interrupt.wait(seen);
+                } else {
+                    spin_loop();
+                }
+            }
+            let done = ticks();
+            let fine = loop {
+                if let Some((_, fine)) = self.queue.reap()? {
+                    break fine;
+                }
+            };
+            round += 1;
+            if round > WARM_UP {
+                times.kick.record(kicked - before);
+                times.trip.record(done - before);
+                times.errors += u64::from(!fine);
+            }
+        }
+        Ok(times)
+    }
+}
+
+const ASLEEP: [&str; 4] = ["asleep_rounds", "asleep_p50_us", "asleep_p99_us", "asleep_kick_p50_us"];
+const AWAKE: [&str; 4] = ["awake_rounds", "awake_p50_us", "awake_p99_us", "awake_kick_p50_us"];
+
+struct Report<'a> {
+    options: &'a Options,
+    clock: Clock,
+    asleep: &'a Times,
+    awake: &'a Times,
+}
+
+impl Display for Report<'_> {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        let us = |times: &Histogram, permille| self.clock.us(times.quantile(permille));
+        let mut object = Object::new(f, "result")?;
+        object.text("job", "events")?.text("id", &self.options.id)?.number("disk", self.options.disk)?;
+        for (names, times) in [(ASLEEP, self.asleep), (AWAKE, self.awake)] {
+            object.number(names[0], times.trip.total())?;
+            object.decimal(names[1], us(&times.trip, 500))?.decimal(names[2], us(&times.trip, 990))?;
+            object.decimal(names[3], us(&times.kick, 500))?;
+        }
+        object.number("errors", self.asleep.errors + self.awake.errors)?;
+        object.end()
+    }
+}

@@ -1,0 +1,157 @@
+//! Requests on one queue, as many in flight as it has, for some time.
+
+use alloc::boxed::Box;
+use alloc::vec::Vec;
+
+use crate::disk::{DiskError, DiskQueue, Operation};
+use crate::histogram::Histogram;
+use crate::machine::clock::Clock;
+use crate::machine::service::ticks;
+use crate::options::{Options, SECTOR_BYTES};
+use crate::pattern::Random;
+
+/// A device that gives nothing back for so long is given up.
+const PATIENCE_SECONDS: u64 = 10;
+
+/// Why a load ended early.
+pub(super) enum LoadError {
+    /// The disk.
+    Disk(DiskError),
+    /// So many requests, in flight for so many seconds.
+    Stuck(usize, u64),
+}
+
+impl From<DiskError> for LoadError {
+    fn from(error: DiskError) -> Self {
+        Self::Disk(error)
+    }
+}
+
+/// Where the next request goes.
+pub(super) struct Target {
+    first: u64,
+    blocks: u64,
+    random: Option<Random>,
+    next: u64,
+}
+
+impl Target {
+    /// For job `job` of `options.jobs`: anywhere on a disk of so many blocks, or through a part of its own.
+    pub(super) fn new(options: &Options, blocks: u64, job: usize) -> Self {
+        let seed = options.seed ^ (job as u64) << 32;
+        if options.access.random {
+            return Self { first: 0, blocks, random: Some(Random::new(seed)), next: 0 };
+        }
+        let blocks = blocks / u64::from(options.jobs);
+        Self { first: blocks * job as u64, blocks, random: None, next: 0 }
+    }
+
+    #[inline(always)]
+    fn next(&mut self) -> u64 {
+        match &mut self.random {
+            Some(random) => random.below(self.blocks),
+            None => {
+                let block = self.first + self.next;
+                self.next = if self.next + 1 == self.blocks { 0 } else { self.next + 1 };
+                block
+            }
+        }
+    }
+}
+
+/// The load on one queue.
+pub(super) struct Load<'a> {
+    pub(super) queue: &'a mut DiskQueue,
+    clock: Clock,
+    operation: Operation,
+    target: Target,
+    free: Vec<u16>,
+    submitted: Box<[u64]>,
+    /// Of requests that came back in time, from submission to the burst they came back in.
+    pub(super) latency: Histogram,
+    /// Requests that failed.
+    pub(super) errors: u64,
+}
+
+impl<'a> Load<'a> {
+    pub(super) fn new(queue: &'a mut DiskQueue, clock: Clock, options: &Options, target: Target) -> Self {
+        let depth = queue.depth();
+        Self {
+            queue,
+            clock,
+            operation: if options.access.write { Operation::Write } else { Operation::Read },
+            target,
+            free: (0..depth).rev().collect(),
+            submitted: (0..depth).map(|_| 0).collect(),
+            latency: Histogram::default(),
+            errors: 0,
+        }
+    }
+
+    /// Forgets what was counted.
+    pub(super) fn clear(&mut self) {
+        self.latency.clear();
+        self.errors = 0;
+    }
+
+    /// Keeps all requests in flight until tick `end`, then waits for the last of them.
+    pub(super) fn run(&mut self, end: u64) -> Result<(), LoadError> {
+        let sectors = u64::from(self.queue.block_bytes() / SECTOR_BYTES);
+        let patience = self.clock.ticks_of_ms(PATIENCE_SECONDS * 1000);
+        let mut now = ticks();
+        let mut progress = now;
+        loop {
+            if now < end {
+                self.submit(sectors, now);
+            } else if self.free.len() == self.submitted.len() {
+                return Ok(());
+            }
+            if self.reap(end)? {
+                now = ticks();
+                progress = now;
+                continue;
+            }
+            self.queue.idle();
+            now = ticks();
+            if now - progress > patience {
+                let in_flight = self.submitted.len() - self.free.len();
+                return Err(LoadError::Stuck(in_flight, PATIENCE_SECONDS));
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn submit(&mut self, sectors: u64, now: u64) {
+        let mut any = false;
+        while let Some(&request) = self.free.last() {
+            if !self.queue.add(request, self.operation, self.target.next() * sectors) {
+                break;
+            }
+            self.free.pop();
+            self.submitted[usize::from(request)] = now;
+            any = true;
+        }
+        if any {
+            self.queue.publish();
+        }
+    }
+
+    /// Takes all that came back; whether there was anything.
+    #[inline(always)]
+    fn reap(&mut self, end: u64) -> Result<bool, DiskError> {
+        let Some(mut done) = self.queue.reap()? else { return Ok(false) };
+        let now = ticks();
+        loop {
+            let (request, fine) = done;
+            if now <= end {
+                self.latency.record(now.saturating_sub(self.submitted[usize::from(request)]));
+            }
+            self.errors += u64::from(!fine);
+            self.free.push(request);
+            match self.queue.reap()? {
+                Some(next) => done = next,
+                None => return Ok(true),
+            }
+        }
+    }
+}

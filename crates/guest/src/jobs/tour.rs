@@ -1,0 +1,35 @@
+//! A short load on every disk, over rings in every format it has, polled and by interrupt.
+
+use virtio::RingFormat;
+
+use super::{JobError, blk};
+use crate::machine::Machine;
+use crate::options::Options;
+use crate::pci::Function;
+
+/// How long each load runs, in milliseconds.
+const MS: u64 = 200;
+
+/// Runs the loads and prints a result for each.
+///
+/// # Errors
+/// See [`JobError`].
+pub fn run(machine: &Machine, disks: &[Function], options: &Options) -> Result<(), JobError> {
+    for index in 0..disks.len() {
+        let disk = blk::open(disks, index)?;
+        for format in [RingFormat::Split, RingFormat::Packed].into_iter().filter(|&format| disk.can(format)) {
+            for interrupts in [false, true] {
+                let options = Options {
+                    disk: index,
+                    format,
+                    interrupts,
+                    ms: options.ms.min(MS),
+                    jobs: options.jobs.min(disk.queues()),
+                    ..options.clone()
+                };
+                blk::load(machine, &disk, &options, "tour")?;
+            }
+        }
+    }
+    Ok(())
+}
