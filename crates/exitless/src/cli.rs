@@ -7,6 +7,7 @@ use clap::{Parser, Subcommand};
 use clap_complete::Shell;
 
 use crate::options::{BlkOptions, RngOptions, ServiceOptions, parse_count};
+use crate::run::RunOptions;
 use crate::size::Size;
 
 const EXIT_CODES: &str = "\
@@ -63,6 +64,15 @@ Examples:
 A command is one line of JSON on the socket, and so is its answer:
     {\"command\":\"resize\",\"device\":\"vm1-disk\",\"bytes\":17179869184}
     {\"resized\":{\"device\":\"vm1-disk\",\"bytes\":17179869184}}";
+
+const RUN_EXAMPLES: &str = "\
+Examples:
+    exitless run
+    exitless run --guest-job blk --jobs 2 --qd 32 --bs 4k --rw randread --seconds 5 --disk mem:1G,queues=2
+    exitless run --kernel vmlinuz --initrd initrd.img --append 'root=/dev/vda1 rw' --cpus 2 --mem 1G \\
+        --disk file:root.raw,queues=2 --disk qcow2:data.qcow2
+
+A Linux guest talks through the serial port: add console=ttyS0 to --append.";
 
 const BENCH_EXAMPLES: &str = "\
 Examples:
@@ -130,6 +140,11 @@ pub enum Command {
         #[command(subcommand)]
         command: CtlCommand,
     },
+    /// Run a virtual machine with disks, in the monitor of this program.
+    ///
+    /// Without a kernel, an embedded guest runs: a short tour of every device, or the job it is given.
+    #[command(after_help = RUN_EXAMPLES)]
+    Run(Box<RunOptions>),
     /// Measure this program and other servers side by side.
     #[command(after_help = BENCH_EXAMPLES)]
     Bench(bench::Args),

@@ -16,6 +16,7 @@ mod group;
 pub mod guest;
 pub mod options;
 pub mod report;
+mod run;
 mod service;
 pub mod size;
 mod stop;
@@ -62,6 +63,10 @@ fn run(command: Command) -> Result<(), Failure> {
             serve(service.or(config.service), config.devices)
         }
         Command::Ctl { control, json, command } => print(control::run(&control, command, json)?.as_bytes()),
+        Command::Run(options) => {
+            log_to_stderr(options.log.unwrap_or(LogLevel::Warn));
+            run::run(&options)
+        }
         Command::Bench(arguments) => Ok(bench::run(arguments)?),
         Command::Completions { shell } => {
             let mut script = Vec::new();

@@ -189,7 +189,7 @@ impl DeviceOptions {
     }
 }
 
-fn mode_parser() -> impl clap::builder::TypedValueParser<Value = Mode> {
+pub(crate) fn mode_parser() -> impl clap::builder::TypedValueParser<Value = Mode> {
     PossibleValuesParser::new(["notify", "hybrid", "poll"]).try_map(|mode| mode.parse::<Mode>())
 }
 

@@ -52,11 +52,11 @@ struct Counted {
     marks: Mutex<Marks>,
 }
 
-/// When the guest said that what it measures begins and ends.
+/// What the guest marked: a part that has begun, and what was counted in the last one that has ended.
 #[derive(Default)]
 struct Marks {
     begin: Option<Snapshot>,
-    end: Option<Snapshot>,
+    measured: Option<Snapshot>,
 }
 
 impl Machine {
@@ -172,11 +172,11 @@ impl Machine {
         self.counted.snapshot()
     }
 
-    /// What was counted between the two moments that the guest marked, by writing 1 and 2 to port 0x502, if it did.
+    /// What was counted between two moments that the guest marked, by writing 1 and 2 to port 0x502; the last time, if it
+    /// did so more than once.
     #[must_use]
     pub fn measured(&self) -> Option<Snapshot> {
-        let marks = lock(&self.counted.marks);
-        Some(marks.end.clone()? - marks.begin.as_ref()?)
+        lock(&self.counted.marks).measured.clone()
     }
 
     fn kick(&self) {
@@ -205,10 +205,11 @@ impl Counted {
         const BEGIN: u8 = 1;
         const END: u8 = 2;
         match mark {
-            BEGIN => *lock(&self.marks) = Marks { begin: Some(self.snapshot()), end: None },
+            BEGIN => lock(&self.marks).begin = Some(self.snapshot()),
             END => {
                 let end = self.snapshot();
-                lock(&self.marks).end = Some(end);
+                let mut marks = lock(&self.marks);
+                marks.measured = marks.begin.take().map(|begin| end - &begin);
             }
             _ => {}
         }

@@ -24,7 +24,7 @@ fn linux_makes_a_file_system_on_a_disk_of_the_monitor() {
     if env::var_os("EXITLESS_FULL").is_none() {
         return needs::skip(&format!("a minute of nested emulation, for full runs; {}", last_passed()));
     }
-    let Some(monitor) = monitor() else { return needs::skip("the example `monitor` is not built") };
+    let program = Path::new(env!("CARGO_BIN_EXE_exitless"));
     let programs = PROGRAMS.map(Need::Program);
     let others = [Need::Program("qemu-system-x86_64"), Need::PcKernel, Need::HostKernel];
     let Some(_turn) = needs::turn(&programs.into_iter().chain(others).collect::<Vec<_>>()) else { return };
@@ -32,7 +32,7 @@ fn linux_makes_a_file_system_on_a_disk_of_the_monitor() {
     let outer = kernel::host().expect("HostKernel is among the needs of this test");
     let inner_initrd = initramfs::build("pc-nested", &inner, &PROGRAMS);
     let files: [(&str, &Path); 3] =
-        [("inner/monitor", &monitor), ("inner/kernel", &inner.image), ("inner/initrd", &inner_initrd)];
+        [("inner/exitless", program), ("inner/kernel", &inner.image), ("inner/initrd", &inner_initrd)];
     let initrd = initramfs::build_with("host", &outer, &[], &files);
 
     let mut command =
@@ -44,16 +44,9 @@ fn linux_makes_a_file_system_on_a_disk_of_the_monitor() {
     assert_eq!(results.ok("inner-end"), "filesystem");
     assert_eq!(results.ok("inner-monitor-exit-code"), "0");
     let counted = results.lines_after("MONITOR ");
-    assert!(counted.iter().any(|line| line.starts_with("PowerOff")), "{counted:?}");
+    assert!(counted.iter().any(|line| line.starts_with("power off")), "{counted:?}");
     let passed = SystemTime::now().duration_since(UNIX_EPOCH).expect("it is after 1970").as_secs();
     fs::write(marker(), passed.to_string()).expect("leave a mark");
-}
-
-/// The monitor as a program: cargo builds examples with the tests, two directories from here.
-fn monitor() -> Option<PathBuf> {
-    let this = env::current_exe().ok()?;
-    let built = this.parent()?.parent()?.join("examples/monitor");
-    built.is_file().then_some(built)
 }
 
 fn marker() -> PathBuf {

@@ -1,0 +1,262 @@
+//! What `exitless run` can be told.
+
+use std::num::{NonZeroU16, NonZeroU32, NonZeroUsize};
+use std::path::PathBuf;
+
+use clap::builder::{PossibleValuesParser, TypedValueParser};
+use clap::{Args, ValueEnum};
+use reactor::{CpuList, Mode};
+use vmm::DoorbellMode;
+
+use super::disk::DiskOption;
+use crate::options::{LogLevel, mode_parser, parse_count};
+use crate::size::Size;
+
+/// A virtual machine and what it does.
+#[derive(Args, Clone, Debug)]
+pub struct RunOptions {
+    /// A kernel to boot: an ELF file with a PVH entry, or a bzImage. Without it, the embedded guest runs.
+    #[arg(long, value_name = "FILE")]
+    pub kernel: Option<PathBuf>,
+
+    /// An initial file system for the kernel.
+    #[arg(long, value_name = "FILE", requires = "kernel")]
+    pub initrd: Option<PathBuf>,
+
+    /// What to add to the kernel's command line.
+    #[arg(long, value_name = "TEXT", requires = "kernel")]
+    pub append: Option<String>,
+
+    /// Virtual CPUs [default: one per job, else 1].
+    #[arg(long, value_name = "COUNT", value_parser = parse_count::<NonZeroU16>)]
+    pub cpus: Option<NonZeroU16>,
+
+    /// Memory of the virtual machine.
+    #[arg(long, value_name = "SIZE", default_value = "256M")]
+    pub mem: Size,
+
+    /// Back the memory with huge pages, which the administrator has to set aside.
+    #[arg(long)]
+    pub huge: bool,
+
+    /// A disk: a backend as for `exitless blk`, and `queues=COUNT`, `serial=ID`, `read-only` after commas. May be given
+    /// several times.
+    #[arg(long, value_name = "SPEC")]
+    pub disk: Vec<DiskOption>,
+
+    /// How queues notice requests.
+    #[arg(long, value_name = "MODE", value_parser = mode_parser(), default_value_t = Mode::Hybrid)]
+    pub poll: Mode,
+
+    /// CPUs to run I/O threads on, one thread each, like `2-5,7` [default: as needed, on the CPUs of this process].
+    #[arg(long, value_name = "LIST")]
+    pub io_cpus: Option<CpuList>,
+
+    /// CPUs to run the virtual CPUs on, in their order.
+    #[arg(long, value_name = "LIST")]
+    pub vcpu_cpus: Option<CpuList>,
+
+    /// What a queue's notification page is while its I/O thread polls.
+    ///
+    /// `map`: ordinary memory, so that writes to it cause no exit. `trap`: every write is an exit, as in other monitors.
+    /// `adaptive`: memory once a driver has made exits that nobody needed.
+    #[arg(long, value_name = "MODE", value_parser = doorbell_parser(), default_value_t = DoorbellMode::Adaptive)]
+    pub doorbell: DoorbellMode,
+
+    /// How many I/O threads to spread the queues over [default: as needed].
+    #[arg(long, value_name = "COUNT", conflicts_with = "io_cpus", value_parser = parse_count::<NonZeroUsize>)]
+    pub io_threads: Option<NonZeroUsize>,
+
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub job: JobOptions,
+
+    /// Print the result as one line of JSON.
+    #[arg(long)]
+    pub json: bool,
+
+    /// Log to stderr what is at least this important [default: warn].
+    #[arg(long, value_name = "LEVEL", ignore_case = true)]
+    pub log: Option<LogLevel>,
+}
+
+/// What the embedded guest does.
+#[derive(Args, Clone, Debug)]
+#[command(next_help_heading = "Embedded guest")]
+pub struct JobOptions {
+    /// The job of the embedded guest [default: tour].
+    #[arg(long, value_enum, value_name = "JOB", conflicts_with = "kernel")]
+    pub guest_job: Option<Job>,
+
+    /// How many virtual CPUs drive a queue each.
+    #[arg(long, value_name = "COUNT", default_value = "1", value_parser = parse_count::<NonZeroU16>)]
+    pub jobs: NonZeroU16,
+
+    /// Requests in flight in each queue.
+    #[arg(long, value_name = "COUNT", default_value = "32", value_parser = parse_count::<NonZeroU16>)]
+    pub qd: NonZeroU16,
+
+    /// Size of a request.
+    #[arg(long, value_name = "BYTES", default_value = "4K")]
+    pub bs: Size,
+
+    /// What requests do.
+    #[arg(long, value_enum, value_name = "ACCESS", default_value_t = Access::Randread)]
+    pub rw: Access,
+
+    /// How long to measure.
+    #[arg(long, value_name = "SECONDS", default_value = "2", value_parser = parse_ms)]
+    pub seconds: Milliseconds,
+
+    /// Which of the disks, from 0 in the order given.
+    #[arg(long, value_name = "INDEX", default_value = "0")]
+    pub on: u16,
+
+    /// The layout of the rings.
+    #[arg(long, value_enum, value_name = "FORMAT", default_value_t = Ring::Split)]
+    pub ring: Ring,
+
+    /// How the guest learns of completions.
+    #[arg(long, value_enum, value_name = "WAY", default_value_t = Completion::Polled)]
+    pub completion: Completion,
+
+    /// Kick after every burst, whether or not the device wants that.
+    #[arg(long)]
+    pub always_kick: bool,
+
+    /// Write a pattern first, read it back and compare.
+    #[arg(long)]
+    pub verify: bool,
+}
+
+/// Jobs of the embedded guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Job {
+    /// A short load on every disk.
+    Tour,
+    /// Load on one disk.
+    Blk,
+    /// What memory shared between virtual CPUs, and the clock, cost.
+    Ring,
+    /// Round trips of single requests by kick and interrupt.
+    Events,
+}
+
+/// What requests do, as in fio.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[allow(missing_docs, reason = "the names are fio's")]
+pub enum Access {
+    Randread,
+    Randwrite,
+    Read,
+    Write,
+}
+
+/// The layout of rings.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[allow(missing_docs, reason = "the names are the specification's")]
+pub enum Ring {
+    Split,
+    Packed,
+}
+
+/// How the guest learns of completions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Completion {
+    /// It looks at the ring all the time.
+    Polled,
+    /// It halts until an interrupt.
+    Interrupt,
+}
+
+/// A duration on the command line.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Milliseconds(pub NonZeroU32);
+
+/// The longest job, in seconds.
+const SECONDS_MAX: f64 = 3600.0;
+
+fn doorbell_parser() -> impl TypedValueParser<Value = DoorbellMode> {
+    PossibleValuesParser::new(["trap", "adaptive", "map"]).try_map(|mode| mode.parse::<DoorbellMode>())
+}
+
+fn parse_ms(text: &str) -> Result<Milliseconds, String> {
+    let seconds = text.parse::<f64>().ok().filter(|s| (0.001..=SECONDS_MAX).contains(s));
+    let ms = seconds.and_then(|seconds| NonZeroU32::new((seconds * 1e3).round() as u32));
+    ms.map(Milliseconds).ok_or_else(|| format!("it must be 0.001 to {SECONDS_MAX} seconds, like 2 or 0.5"))
+}
+
+impl RunOptions {
+    /// How many virtual CPUs there are.
+    #[must_use]
+    pub fn vcpus(&self) -> u16 {
+        self.cpus.unwrap_or(self.job.jobs).get()
+    }
+}
+
+impl JobOptions {
+    /// The embedded guest's command line.
+    #[must_use]
+    pub fn command_line(&self) -> String {
+        let name = |value: &dyn Fn() -> Option<clap::builder::PossibleValue>| {
+            value().map_or(String::new(), |value| value.get_name().to_owned())
+        };
+        let job = self.guest_job.unwrap_or(Job::Tour);
+        let flag = u8::from;
+        format!(
+            "job={} jobs={} qd={} bs={} rw={} ms={} disk={} ring={} irq={} kick={} verify={}",
+            name(&|| job.to_possible_value()),
+            self.jobs,
+            self.qd,
+            self.bs.0,
+            name(&|| self.rw.to_possible_value()),
+            self.seconds.0,
+            self.on,
+            name(&|| self.ring.to_possible_value()),
+            flag(self.completion == Completion::Interrupt),
+            if self.always_kick { "always" } else { "auto" },
+            flag(self.verify),
+        )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Cli {
+        #[command(flatten)]
+        run: RunOptions,
+    }
+
+    fn parse(line: &str) -> Result<RunOptions, clap::Error> {
+        Cli::try_parse_from(["x"].into_iter().chain(line.split_whitespace())).map(|cli| cli.run)
+    }
+
+    #[test]
+    fn a_job_becomes_the_guests_command_line() {
+        let run =
+            parse("--guest-job blk --jobs 2 --qd 8 --bs 64K --rw write --seconds 0.5 --completion interrupt");
+        assert_eq!(
+            run.unwrap().job.command_line(),
+            "job=blk jobs=2 qd=8 bs=65536 rw=write ms=500 disk=0 ring=split irq=1 kick=auto verify=0"
+        );
+    }
+
+    #[test]
+    fn there_is_a_virtual_cpu_for_each_job_unless_said_otherwise() {
+        assert_eq!(parse("--jobs 3").unwrap().vcpus(), 3);
+        assert_eq!(parse("--jobs 3 --cpus 4").unwrap().vcpus(), 4);
+        assert_eq!(parse("").unwrap().vcpus(), 1);
+    }
+
+    #[test]
+    fn what_belongs_to_a_kernel_needs_one() {
+        for line in ["--initrd i", "--append x", "--kernel k --guest-job blk", "--seconds 0", "--seconds x"] {
+            assert!(parse(line).is_err(), "{line}");
+        }
+    }
+}

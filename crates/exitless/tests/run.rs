@@ -1,0 +1,126 @@
+//! `exitless run` with the embedded guest, under the real KVM.
+#![allow(clippy::unwrap_used, reason = "a test that cannot be set up has failed")]
+
+use std::fs::OpenOptions;
+use std::io::Write;
+use std::process::{Command, Output, Stdio};
+
+use serde_json::Value;
+
+/// Notes why a test cannot run here; true if so.
+fn skipped(test: &str) -> bool {
+    let Err(error) = OpenOptions::new().read(true).write(true).open("/dev/kvm") else { return false };
+    let line = format!("skipped: run::{test}: no /dev/kvm: {error}");
+    println!("{line}");
+    if let Some(path) = std::env::var_os("EXITLESS_SKIPS") {
+        let mut file = OpenOptions::new().append(true).create(true).open(path).unwrap();
+        writeln!(file, "{line}").unwrap();
+    }
+    true
+}
+
+fn exitless(arguments: &str) -> Output {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_exitless"));
+    command.arg("run").args(arguments.split_whitespace()).stdin(Stdio::null()).output().unwrap()
+}
+
+/// The lines of JSON of a run that must succeed.
+fn results(arguments: &str) -> Vec<Value> {
+    let output = exitless(&format!("{arguments} --json"));
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "exitless run {arguments}: {}\n{stderr}", output.status);
+    let stdout = String::from_utf8(output.stdout).unwrap();
+    stdout.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+/// A verified job; returns its figures.
+fn verified(arguments: &str) -> Value {
+    let mut results =
+        results(&format!("--guest-job blk --verify --seconds 0.2 --disk mem:16M,queues=2 {arguments}"));
+    assert_eq!(results.len(), 1, "{arguments}");
+    let result = results.remove(0);
+    assert_eq!(result["errors"], 0, "{arguments}: {result}");
+    assert!(result["verified_bytes"].as_u64().unwrap() > 0, "{arguments}: {result}");
+    assert!(result["requests"].as_u64().unwrap() > 0, "{arguments}: {result}");
+    result
+}
+
+#[test]
+fn data_is_what_was_written_over_every_ring_policy_and_way_of_completion() {
+    if skipped("data_is_what_was_written_over_every_ring_policy_and_way_of_completion") {
+        return;
+    }
+    for jobs in [1, 2] {
+        for ring in ["split", "packed"] {
+            for completion in ["polled", "interrupt"] {
+                for poll in ["notify", "hybrid", "poll"] {
+                    verified(&format!(
+                        "--jobs {jobs} --ring {ring} --completion {completion} --poll {poll} --io-threads 1"
+                    ));
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_polled_job_needs_no_kick_and_no_interrupt() {
+    if skipped("a_polled_job_needs_no_kick_and_no_interrupt") {
+        return;
+    }
+    let result = verified("--poll poll");
+    assert_eq!((&result["kicks"], &result["interrupts"]), (&0.into(), &0.into()), "{result}");
+}
+
+#[test]
+fn a_mapped_doorbell_spares_a_driver_that_always_kicks_the_exits() {
+    if skipped("a_mapped_doorbell_spares_a_driver_that_always_kicks_the_exits") {
+        return;
+    }
+    let mapped = verified("--poll poll --always-kick --doorbell map");
+    let trapped = verified("--poll poll --always-kick --doorbell trap");
+    let (mapped, trapped) = (mapped["kicks"].as_u64().unwrap(), trapped["kicks"].as_u64().unwrap());
+    assert!(mapped == 0 && trapped > 10, "{mapped} and {trapped} kicks caused exits");
+}
+
+#[test]
+fn writes_reach_an_image_file() {
+    if skipped("writes_reach_an_image_file") {
+        return;
+    }
+    let image = tempfile::NamedTempFile::new().unwrap();
+    image.as_file().set_len(16 << 20).unwrap();
+    let disk = image.path().display();
+    let arguments = format!("--guest-job blk --verify --rw randwrite --seconds 0.2 --disk file:{disk}");
+    assert_eq!(results(&arguments)[0]["errors"], 0);
+    let written = std::fs::read(image.path()).unwrap();
+    assert!(written.iter().any(|&byte| byte != 0), "the image is as empty as before");
+}
+
+#[test]
+fn the_tour_shows_every_disk() {
+    if skipped("the_tour_shows_every_disk") {
+        return;
+    }
+    let output = exitless("");
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success(), "{text}");
+    assert!(text.lines().filter(|line| line.starts_with("tour")).count() >= 2, "{text}");
+    assert!(text.contains("exits/req"), "{text}");
+}
+
+#[test]
+fn what_cannot_be_run_is_refused_with_the_reason() {
+    for (arguments, reason) in [
+        ("--kernel /nowhere/vmlinuz", "/nowhere/vmlinuz"),
+        ("--disk file:/nowhere/disk.raw", "/nowhere/disk.raw"),
+        ("--mem 1M", "memory"),
+        ("--cpus 0", "at least 1"),
+        ("--disk tape:x", "tape"),
+    ] {
+        let output = exitless(arguments);
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert!(!output.status.success(), "{arguments}");
+        assert!(stderr.to_lowercase().contains(reason), "{arguments}: {stderr}");
+    }
+}
