@@ -16,8 +16,9 @@ use crate::needs;
 use crate::scratch::output;
 
 const INIT: &str = include_str!("guest/init");
-const JOBS: [(&str, &str); 7] = [
+const JOBS: [(&str, &str); 8] = [
     ("endless", include_str!("guest/jobs/endless")),
+    ("entropy", include_str!("guest/jobs/entropy")),
     ("filesystem", include_str!("guest/jobs/filesystem")),
     ("migration", include_str!("guest/jobs/migration")),
     ("multiqueue", include_str!("guest/jobs/multiqueue")),

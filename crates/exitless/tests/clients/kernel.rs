@@ -14,7 +14,7 @@ pub(crate) struct Kernel {
 
 /// A kernel of this machine for a PC guest with a virtio disk, preferably Debian's small one for clouds.
 pub(crate) fn pc() -> Result<Kernel, String> {
-    pc_with(&["virtio_pci", "virtio_blk"])
+    pc_with(&["virtio_pci", "virtio_blk", "virtio_rng"])
 }
 
 /// The same kernel with the modules that let it run guests of its own, on the AMD processor that QEMU emulates.

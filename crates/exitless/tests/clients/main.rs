@@ -1,7 +1,7 @@
 //! Real clients against the real program: a Linux kernel's own virtio drivers, in User-Mode Linux and in QEMU, use a
 //! disk that `exitless blk` serves, and both sides are then asked whether every byte is where it should be.
 //!
-//! A test reads as a story in its own file ([`filesystem`], [`multiqueue`], [`nested`], [`restart`], [`migration`]). What the guest
+//! A test reads as a story in its own file ([`filesystem`], [`multiqueue`], [`entropy`], [`nested`], [`restart`], [`migration`]). What the guest
 //! does is a shell script in `guest/jobs`; it answers in lines `RESULT name ok|fail detail`, which [`guest`] collects.
 //! A test whose tools are missing says so through [`needs`], and `./test` counts it as skipped.
 //!
@@ -11,6 +11,7 @@
 //! itself at fault.
 
 mod embedded;
+mod entropy;
 mod filesystem;
 mod lifecycle;
 mod migration;

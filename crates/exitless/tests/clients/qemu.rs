@@ -33,6 +33,11 @@ pub(crate) struct Qemu {
 
 /// Boots a guest. When the service goes away, QEMU tries to connect again every second.
 pub(crate) fn boot(scratch: &Scratch, setup: &Setup<'_>) -> Qemu {
+    boot_with(scratch, setup, &[])
+}
+
+/// The same with `more` on QEMU's command line.
+pub(crate) fn boot_with(scratch: &Scratch, setup: &Setup<'_>, more: &[&str]) -> Qemu {
     let kernel = kernel::pc().expect("PcKernel is among the needs of this test");
     let flavour = format!("pc-{}", setup.programs.join("-"));
     let initrd = initramfs::build(&flavour, &kernel, setup.programs);
@@ -63,6 +68,7 @@ pub(crate) fn boot(scratch: &Scratch, setup: &Setup<'_>) -> Qemu {
         ])
         .arg("-qmp")
         .arg(format!("unix:{},server=on,wait=off", control.display()));
+    command.args(more);
     if let Some(incoming) = &setup.incoming {
         command.arg("-incoming").arg(format!("unix:{}", incoming.display()));
     }

@@ -8,7 +8,7 @@ use crate::process::Process;
 use crate::{needs, process};
 
 /// How long a service may take to get ready, or to drain and end.
-const LIMIT: Duration = Duration::from_secs(30);
+pub(crate) const LIMIT: Duration = Duration::from_secs(30);
 const PROGRAM: &str = env!("CARGO_BIN_EXE_exitless");
 const SERIAL: &str = "clients-0123456789ab";
 
@@ -55,6 +55,11 @@ fn kind() -> Kind {
 pub(crate) fn missing() -> Option<String> {
     let absent = kind() == Kind::Peer && needs::program("qemu-storage-daemon").is_none();
     absent.then(|| "no qemu-storage-daemon".into())
+}
+
+/// Our program.
+pub(crate) fn program() -> &'static Path {
+    Path::new(PROGRAM)
 }
 
 /// Whether it is our program that is tested, which can do more than the peer.
