@@ -36,7 +36,7 @@ impl Console {
     fn result(&self) -> Value {
         let text = self.text();
         let said = text.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
-        let result = said.filter_map(|line| line.get("result").cloned()).last();
+        let result = said.filter_map(|line| line.get("result").cloned()).next_back();
         result.unwrap_or_else(|| panic!("no result:\n{text}"))
     }
 }
