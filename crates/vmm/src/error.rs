@@ -80,6 +80,14 @@ pub enum Error {
         /// How many virtual CPUs there are.
         cpus: usize,
     },
+    /// A host CPU that cannot be.
+    #[error("host CPU {cpu} to pin a virtual CPU to: their numbers are below {max}")]
+    HostCpu {
+        /// Its number.
+        cpu: u32,
+        /// The first number that is too high.
+        max: u32,
+    },
     /// A size of memory that is not to be had.
     #[error(
         "guest memory of {bytes} bytes: it must be a multiple of {unit} bytes, at least {}, at most {}",

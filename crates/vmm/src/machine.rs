@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use reactor::{Clock, Pool};
+use reactor::{CPUS_MAX, Clock, Pool};
 use virtio::QueueSet;
 
 use crate::boot::{self, Boot};
@@ -73,6 +73,9 @@ impl Machine {
         }
         if !config.pin.is_empty() && config.pin.len() != cpus {
             return Err(Error::Pins { pins: config.pin.len(), cpus });
+        }
+        if let Some(&cpu) = config.pin.iter().find(|&&cpu| cpu >= CPUS_MAX) {
+            return Err(Error::HostCpu { cpu, max: CPUS_MAX });
         }
         let mut ram = Ram::new(config.memory_bytes, config.huge_pages)?;
         ram.attach(&vm)?;

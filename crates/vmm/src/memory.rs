@@ -4,7 +4,9 @@ use std::fs::File;
 use std::ops::Range;
 use std::sync::Arc;
 
-use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
+use rustix::fs::{
+    FallocateFlags, MemfdFlags, SealFlags, fallocate, fcntl_add_seals, ftruncate, memfd_create,
+};
 use virtio::memory::{Backing, Mapping};
 use virtio::{GuestAddr, Memory, Region};
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap};
@@ -94,6 +96,10 @@ fn file(bytes: u64, huge: bool) -> rustix::io::Result<File> {
     }
     let fd = memfd_create("guest-memory", flags)?;
     ftruncate(&fd, bytes)?;
+    if huge {
+        // All at once: a huge page that is missing when the guest touches it could only end the guest.
+        fallocate(&fd, FallocateFlags::empty(), 0, bytes)?;
+    }
     fcntl_add_seals(&fd, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
     Ok(fd.into())
 }
@@ -132,6 +138,14 @@ mod tests {
         }
         let error = Ram::new(RAM_BYTES_MIN + PAGE_BYTES, true).err().unwrap();
         assert!(error.to_string().contains("2097152"), "{error}");
+    }
+
+    #[test]
+    fn huge_pages_are_there_from_the_start_or_refused() {
+        match Ram::new(RAM_BYTES_MIN, true) {
+            Ok(ram) => assert_eq!(ram.ranges()[0], 0..RAM_BYTES_MIN),
+            Err(error) => assert!(error.to_string().contains("nr_hugepages"), "{error}"),
+        }
     }
 
     #[test]

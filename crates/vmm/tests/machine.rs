@@ -234,6 +234,7 @@ fn what_cannot_be_booted_is_refused_with_a_reason() {
         assert!(refused(&|config| config.cpus = 0).contains("between 1 and"));
         assert!(refused(&|config| config.cpus = vmm::VCPUS_MAX + 1).contains("between 1 and"));
         assert!(refused(&|config| config.pin = vec![0, 1]).contains("one for each"));
+        assert!(refused(&|config| config.pin = vec![u32::MAX]).contains("4294967295"));
         assert!(refused(&|config| config.memory_bytes = 12345).contains("multiple of 4096"));
     }
 }

@@ -10,11 +10,11 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Mutex, Once, PoisonError};
 
 use kvm_ioctls::VcpuFd;
-use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
+use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler, unblock_signal};
 
 use crate::Error;
 
-/// Which real-time signal kicks.
+/// Which real-time signal kicks: the first; `reactor` takes the last that is free.
 fn signal() -> libc::c_int {
     SIGRTMIN()
 }
@@ -43,6 +43,9 @@ impl Kicker {
     /// Makes the calling thread, which runs `fd`, kickable for as long as the result lives.
     pub(crate) fn register(&self, mut fd: VcpuFd) -> Result<Kickable<'_>, Error> {
         install()?;
+        // The mask comes from whoever started the thread, and may hold back everything.
+        unblock_signal(signal())
+            .map_err(|error| Error::system("unblock a signal", std::io::Error::other(error.to_string())))?;
         let immediate_exit = &raw mut fd.get_kvm_run().immediate_exit;
         // SAFETY: takes no argument and cannot fail.
         let thread = unsafe { libc::pthread_self() };

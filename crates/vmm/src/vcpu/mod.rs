@@ -91,11 +91,8 @@ impl Vcpu {
         let thread = std::thread::Builder::new().name(format!("vcpu-{}", shared.index)).spawn({
             let (shared, power) = (shared.clone(), power.clone());
             move || {
-                let result = begin(&shared, fd, pin).and_then(|cpu| run(&shared, cpu, &buses, &power));
-                // Whatever kept it from going on ends the machine: the others would wait for it.
-                power.end(Outcome::Stopped);
-                power.retire();
-                result
+                let _ending = Ending(&power);
+                begin(&shared, fd, pin).and_then(|cpu| run(&shared, cpu, &buses, &power))
             }
         });
         match thread {
@@ -105,6 +102,16 @@ impl Vcpu {
                 Err(Error::system("start a thread for a virtual CPU", error))
             }
         }
+    }
+}
+
+/// Whatever keeps a virtual CPU from going on, a panic too, ends the machine: the others would wait for it.
+struct Ending<'a>(&'a Power);
+
+impl Drop for Ending<'_> {
+    fn drop(&mut self) {
+        self.0.end(Outcome::Stopped);
+        self.0.retire();
     }
 }
 
