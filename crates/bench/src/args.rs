@@ -15,6 +15,8 @@ pub struct Args {
 pub(crate) enum What {
     /// Disks: drive vhost-user-blk servers with one load generator.
     Blk(BlkArgs),
+    /// Virtual machines: what polling, threads, placement and mapped doorbells bring, step by step. Needs /dev/kvm.
+    Vbmq(VbmqArgs),
 }
 
 /// Options of `exitless bench blk`.
@@ -67,6 +69,54 @@ pub struct BlkArgs {
     /// Print one compact Markdown table: a row for each case, a column for each peer.
     #[arg(long)]
     pub(crate) markdown: bool,
+
+    /// Keep every repetition as a line of this file.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) csv: Option<PathBuf>,
+
+    /// Draw the medians.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) svg: Option<PathBuf>,
+}
+
+/// Options of `exitless bench vbmq`.
+#[derive(Debug, clap::Args)]
+pub struct VbmqArgs {
+    /// Fewer conditions and short repetitions: two minutes.
+    #[arg(long)]
+    pub(crate) quick: bool,
+
+    /// Run only rows whose name is ROW, or fits it if it has a `*`.
+    #[arg(long, value_name = "ROW")]
+    pub(crate) only: Vec<String>,
+
+    /// Backends to measure [default: null, mem, file; with --quick null, mem].
+    #[arg(long, value_name = "BACKEND", value_delimiter = ',')]
+    pub(crate) backend: Vec<String>,
+
+    /// Requests in flight in each queue [default: 1, 32, 128; with --quick 1, 32].
+    #[arg(long, value_name = "COUNT", value_delimiter = ',', value_parser = clap::value_parser!(u16).range(1..=256))]
+    pub(crate) qd: Vec<u16>,
+
+    /// vCPUs, each of which drives a queue [default: 1, 2, and doubled while there are two CPUs for each; with --quick 1].
+    #[arg(long, value_name = "COUNT", value_delimiter = ',', value_parser = clap::value_parser!(u16).range(1..=64))]
+    pub(crate) jobs: Vec<u16>,
+
+    /// Repetitions of each row and condition, interleaved [default: 3, with --quick 1].
+    #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub(crate) repetitions: Option<u32>,
+
+    /// Duration of each repetition in ms [default: 1000, with --quick 300].
+    #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u64).range(10..=3_600_000))]
+    pub(crate) measure_ms: Option<u64>,
+
+    /// The folder for the disk file [default: the folder for temporary files].
+    #[arg(long, value_name = "DIR")]
+    pub(crate) dir: Option<PathBuf>,
+
+    /// Print everything as JSON instead of tables.
+    #[arg(long)]
+    pub(crate) json: bool,
 
     /// Keep every repetition as a line of this file.
     #[arg(long, value_name = "FILE")]

@@ -1,4 +1,4 @@
-//! Benchmarks against other servers: `exitless bench blk`.
+//! Benchmarks against other servers, `exitless bench blk`, and of virtual machines, `exitless bench vbmq`.
 //!
 //! Cases and peers are data (`bench/cases`, `bench/peers`). Every server, this project's too, is a process of its own
 //! behind a vhost-user socket, started anew for each repetition on a CPU of its own, and driven from another CPU by
@@ -27,7 +27,8 @@ mod row;
 mod run;
 mod server;
 mod signals;
+mod vbmq;
 mod windows;
 
-pub use args::{Args, BlkArgs};
+pub use args::{Args, BlkArgs, VbmqArgs};
 pub use run::run;

@@ -37,6 +37,8 @@ pub(crate) struct Settings<'a> {
     pub(crate) idle_ms: u64,
     /// How much of the disk the verifying pass covers.
     pub(crate) verify_bytes: u64,
+    /// The most completions that the client answers before it publishes the answers.
+    pub(crate) burst: u16,
     pub(crate) stop: &'a AtomicBool,
 }
 
@@ -193,7 +195,8 @@ impl Client<'_> {
     ) -> Result<Measurement> {
         let settings = self.settings;
         let duration_ms = settings.measure_ms;
-        let mut load = Load::new(self.case, lanes, disk_bytes, call, settings.stop, duration_ms)?;
+        let mut load =
+            Load::new(self.case, lanes, disk_bytes, call, settings.stop, settings.burst, duration_ms)?;
         let mut calls = 0;
         load.begin()?;
         load.run(load.now_ns() + settings.warmup_ms * NS_PER_MS)?;
@@ -240,7 +243,8 @@ impl Client<'_> {
         usage: &Usage,
     ) -> Result<Measurement> {
         let settings = self.settings;
-        let mut load = Load::new(self.case, lanes, disk_bytes, call, settings.stop, settings.warmup_ms)?;
+        let mut load =
+            Load::new(self.case, lanes, disk_bytes, call, settings.stop, settings.burst, settings.warmup_ms)?;
         load.begin()?;
         load.run(load.now_ns() + settings.warmup_ms * NS_PER_MS)?;
         load.finish()?;

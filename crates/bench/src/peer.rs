@@ -187,7 +187,7 @@ impl Peer {
 }
 
 /// `{exitless}` is the program that is running or, for the benchmarks' own program, the one beside it.
-fn own_program(word: &str) -> String {
+pub(crate) fn own_program(word: &str) -> String {
     if !word.contains("{exitless}") {
         return word.to_owned();
     }

@@ -81,7 +81,8 @@ impl Report {
     }
 }
 
-fn machine() -> String {
+/// Processor, CPUs and kernel.
+pub(crate) fn machine() -> String {
     let read = |path| std::fs::read_to_string(path).unwrap_or_default();
     let info = read("/proc/cpuinfo");
     let model = info
@@ -93,7 +94,7 @@ fn machine() -> String {
 }
 
 /// The date, UTC, by the civil-from-days algorithm (H. Hinnant, "chrono-compatible low-level date algorithms").
-fn today() -> String {
+pub(crate) fn today() -> String {
     let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
     civil(since.map_or(0, |time| time.as_secs() / 86_400))
 }

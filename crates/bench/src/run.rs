@@ -50,6 +50,7 @@ const QUICK: Pace =
 pub fn run(args: Args) -> Result<()> {
     match args.what {
         What::Blk(args) => blk(&args),
+        What::Vbmq(args) => crate::vbmq::run(&args),
     }
 }
 
@@ -131,6 +132,7 @@ fn measure_all(args: &BlkArgs, peers: &[Installed], report: &mut Report, stop: &
         measure_ms: args.measure_ms.unwrap_or(pace.measure_ms),
         idle_ms: pace.idle_ms,
         verify_bytes: pace.verify_bytes,
+        burst: crate::client::load::BURST,
         stop,
     };
     report.describe(&settings);

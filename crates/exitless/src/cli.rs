@@ -77,7 +77,8 @@ A Linux guest talks through the serial port: add console=ttyS0 to --append.";
 const BENCH_EXAMPLES: &str = "\
 Examples:
     exitless bench blk --quick
-    exitless bench blk --only 'null/*' --json";
+    exitless bench blk --only 'null/*' --json
+    exitless bench vbmq --quick";
 
 const COMPLETIONS_EXAMPLES: &str = "\
 Examples:

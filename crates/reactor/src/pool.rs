@@ -24,6 +24,8 @@ pub struct Options {
     pub wish: Wish,
     /// The quota of each poller per turn.
     pub budget: Budget,
+    /// Whether each thread is bound to its CPU. One that is not runs where the kernel puts it, which is for comparison.
+    pub pin: bool,
 }
 
 /// Packets and bytes that the kernel's vhost-net lets one queue have before it is another's turn
@@ -32,7 +34,7 @@ pub const BUDGET_DEFAULT: Budget = Budget { requests: 256, bytes: 0x80000 };
 
 impl Default for Options {
     fn default() -> Self {
-        Self { prefix: "io".to_owned(), wish: Wish::default(), budget: BUDGET_DEFAULT }
+        Self { prefix: "io".to_owned(), wish: Wish::default(), budget: BUDGET_DEFAULT, pin: true }
     }
 }
 
@@ -42,6 +44,7 @@ pub struct Pool {
     book: Arc<Mutex<Book>>,
     prefix: String,
     budget: Budget,
+    pin: bool,
 }
 
 /// What one I/O thread does and has done.
@@ -49,7 +52,7 @@ pub struct Pool {
 pub struct ThreadReport {
     /// Its name.
     pub name: String,
-    /// Its CPU.
+    /// Its CPU, if it is bound to it.
     pub cpu: u32,
     /// Its counters.
     pub stats: ThreadStats,
@@ -93,7 +96,12 @@ impl Pool {
         let _ = Clock::get();
         watchdog::start().map_err(|source| Error::Start { thread: "watchdog".to_owned(), source })?;
         let prefix = options.prefix.chars().filter(char::is_ascii_graphic).take(PREFIX_BYTES_MAX).collect();
-        Ok(Self { book: Arc::new(Mutex::new(Book::new(layout))), prefix, budget: options.budget })
+        Ok(Self {
+            book: Arc::new(Mutex::new(Book::new(layout))),
+            prefix,
+            budget: options.budget,
+            pin: options.pin,
+        })
     }
 
     /// The CPUs of the threads there are or may be.
@@ -126,7 +134,7 @@ impl Pool {
         if let Some(thread) = &book.threads[seat] {
             return Ok(thread.clone());
         }
-        let thread = Arc::new(Thread::start(name, book.layout.seats[seat], self.budget)?);
+        let thread = Arc::new(Thread::start(name, book.layout.seats[seat], self.pin, self.budget)?);
         book.threads[seat] = Some(thread.clone());
         Ok(thread)
     }

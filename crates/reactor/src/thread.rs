@@ -43,8 +43,8 @@ pub(crate) struct Thread {
 }
 
 impl Thread {
-    /// Starts a thread on `cpu`. Its name is cut to the 15 bytes that Linux keeps.
-    pub(crate) fn start(name: String, cpu: u32, budget: Budget) -> Result<Self, Error> {
+    /// Starts a thread, bound to `cpu` if it is to `pin`. Its name is cut to the 15 bytes that Linux keeps.
+    pub(crate) fn start(name: String, cpu: u32, pin: bool, budget: Budget) -> Result<Self, Error> {
         let failed = |source: std::io::Error| Error::Start { thread: name.clone(), source };
         let clock = Clock::get();
         let (outbox, inbox) = mailbox().map_err(|errno| failed(errno.into()))?;
@@ -56,7 +56,7 @@ impl Thread {
                 let (name, counters) = (name.clone(), counters.clone());
                 move || {
                     IS_IO_THREAD.set(true);
-                    settle(&name, cpu);
+                    settle(&name, pin.then_some(cpu));
                     turn::Turn::new(clock, inbox, epoll, budget, counters).run();
                 }
             })
@@ -117,12 +117,14 @@ impl fmt::Debug for Thread {
     }
 }
 
-/// Pins the calling thread and makes its short sleeps exact.
-fn settle(name: &str, cpu: u32) {
-    let mut mask = CpuSet::new();
-    mask.set(cpu as usize);
-    if let Err(error) = sched_setaffinity(None, &mask) {
-        tracing::warn!(thread = name, cpu, %error, "cannot pin an I/O thread; it runs anywhere");
+/// Pins the calling thread to `cpu`, if there is one, and makes its short sleeps exact.
+fn settle(name: &str, cpu: Option<u32>) {
+    if let Some(cpu) = cpu {
+        let mut mask = CpuSet::new();
+        mask.set(cpu as usize);
+        if let Err(error) = sched_setaffinity(None, &mask) {
+            tracing::warn!(thread = name, cpu, %error, "cannot pin an I/O thread; it runs anywhere");
+        }
     }
     // The default lets a wake-up be 50 µs late (prctl(2), PR_SET_TIMERSLACK).
     if let Err(error) = set_current_timer_slack(NonZeroU64::new(1)) {

@@ -21,7 +21,9 @@ const SLEEP_MS_MAX: i32 = 100;
 const LOOKS_PER_CLOCK: u32 = 1024;
 /// The most completions answered before the answers are published. Larger bursts make client and server take turns
 /// instead of working at the same time: 64 costs a third of the rate at 32 in flight.
-const BURST: usize = 8;
+pub(crate) const BURST: u16 = 8;
+/// The most that any load may answer at once.
+const BURST_MAX: usize = 256;
 
 /// Which block comes next.
 #[derive(Clone, Debug)]
@@ -70,6 +72,7 @@ pub(crate) struct Load<'a> {
     blocks: Vec<Blocks>,
     write: bool,
     pause: Duration,
+    burst: u16,
     call: &'a EventFd,
     epoll: Option<Epoll>,
     stop: &'a AtomicBool,
@@ -79,13 +82,14 @@ pub(crate) struct Load<'a> {
 }
 
 impl<'a> Load<'a> {
-    /// Prepares a load of at most `duration_ms`. Nothing is submitted yet.
+    /// Prepares a load of at most `duration_ms` that answers up to `burst` completions at once. Nothing is submitted yet.
     pub(crate) fn new(
         case: &Case,
         lanes: &'a mut [Lane],
         disk_bytes: u64,
         call: &'a EventFd,
         stop: &'a AtomicBool,
+        burst: u16,
         duration_ms: u64,
     ) -> Result<Self> {
         use std::os::fd::AsRawFd;
@@ -106,6 +110,7 @@ impl<'a> Load<'a> {
             lanes,
             write: case.op.writes(),
             pause: Duration::from_millis(case.pause_ms.into()),
+            burst,
             call,
             epoll,
             stop,
@@ -154,12 +159,13 @@ impl<'a> Load<'a> {
 
     /// Answers each completion with a new request until `until_ns`; returns the time of the last look.
     pub(crate) fn run(&mut self, until_ns: u64) -> Result<u64> {
-        let mut slots = [0_u16; BURST];
+        let mut slots = [0_u16; BURST_MAX];
+        let slots = &mut slots[..usize::from(self.burst).clamp(1, BURST_MAX)];
         let mut idle = 0_u32;
         loop {
             let mut any = false;
             for (lane, blocks) in self.lanes.iter_mut().zip(&mut self.blocks) {
-                let count = lane.reap(&mut slots)?;
+                let count = lane.reap(slots)?;
                 if count == 0 {
                     continue;
                 }
@@ -197,12 +203,13 @@ impl<'a> Load<'a> {
 
     /// Waits for the requests in flight and submits no more.
     pub(crate) fn finish(&mut self) -> Result<()> {
-        let mut slots = [0_u16; BURST];
+        let mut slots = [0_u16; BURST_MAX];
+        let slots = &mut slots[..usize::from(self.burst).clamp(1, BURST_MAX)];
         let mut left: usize = self.lanes.iter().map(|lane| usize::from(lane.shape().depth)).sum();
         while left > 0 {
             let mut any = false;
             for lane in self.lanes.iter_mut() {
-                let count = lane.reap(&mut slots)?;
+                let count = lane.reap(slots)?;
                 left -= count;
                 any |= count > 0;
             }

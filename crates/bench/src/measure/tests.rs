@@ -25,6 +25,7 @@ fn run(installed: &Installed, case: &Case) -> Result<Outcome> {
         measure_ms: 20,
         idle_ms: 20,
         verify_bytes: 1 << 20,
+        burst: crate::client::load::BURST,
         stop: &stop,
     };
     let mut storage = Storage::new(None, true);

@@ -11,7 +11,7 @@ use crate::report::text::{microseconds, rate};
 use crate::row::Summary;
 
 const WIDTH: f64 = 920.0;
-const MARGIN: f64 = 28.0;
+pub(crate) const MARGIN: f64 = 28.0;
 const NAME_WIDTH: f64 = 190.0;
 const BAR_WIDTH: f64 = 430.0;
 const BAR_HEIGHT: f64 = 15.0;
@@ -26,17 +26,47 @@ const COLORS: [&str; 6] = ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9"
 /// The ceiling of the method is not a competitor.
 const BARE: (&str, &str) = ("bare", "#c9ced3");
 
-struct Canvas {
+/// What is drawn, from top to bottom.
+pub(crate) struct Canvas {
     text: String,
-    y: f64,
+    /// Where the next thing goes.
+    pub(crate) y: f64,
 }
 
 impl Canvas {
-    fn label(&mut self, x: f64, y: f64, style: &str, text: &str) {
+    pub(crate) fn new() -> Self {
+        Self { text: String::new(), y: MARGIN + 14.0 }
+    }
+
+    pub(crate) fn title(&mut self, text: &str) {
+        let y = self.y;
+        self.label(MARGIN, y, r#"font-size="19" font-weight="bold""#, text);
+        self.y += 22.0;
+    }
+
+    /// A line of small print.
+    pub(crate) fn small(&mut self, text: &str) {
+        let y = self.y;
+        self.label(MARGIN, y, r##"font-size="12" fill="#555""##, text);
+        self.y += 17.0;
+    }
+
+    /// The whole drawing.
+    pub(crate) fn finish(self, gap: f64) -> String {
+        let height = self.y + MARGIN - gap;
+        format!(
+            "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {WIDTH} {height:.0}\" width=\"{WIDTH}\" \
+             height=\"{height:.0}\" font-family=\"{FONT}\" font-size=\"13\" fill=\"#222\">\n\
+             <rect width=\"100%\" height=\"100%\" fill=\"#fff\"/>\n{}</svg>\n",
+            self.text
+        )
+    }
+
+    pub(crate) fn label(&mut self, x: f64, y: f64, style: &str, text: &str) {
         let _ = writeln!(self.text, r#"<text x="{x:.1}" y="{y:.1}" {style}>{}</text>"#, escaped(text));
     }
 
-    fn bar(&mut self, x: f64, y: f64, width: f64, color: &str) {
+    pub(crate) fn bar(&mut self, x: f64, y: f64, width: f64, color: &str) {
         let width = width.max(1.0);
         let _ = writeln!(
             self.text,
@@ -56,20 +86,10 @@ impl Canvas {
 
 /// The whole drawing.
 pub(crate) fn draw(report: &Report) -> String {
-    let mut canvas = Canvas { text: String::new(), y: MARGIN + 14.0 };
-    let y = canvas.y;
-    canvas.label(
-        MARGIN,
-        y,
-        r#"font-size="19" font-weight="bold""#,
-        "vhost-user-blk servers on one core, IOPS (p50 latency)",
-    );
-    canvas.y += 22.0;
-    for line in [format!("{}, {}", report.date, report.machine), report.method.clone()] {
-        let y = canvas.y;
-        canvas.label(MARGIN, y, r##"font-size="12" fill="#555""##, &line);
-        canvas.y += 17.0;
-    }
+    let mut canvas = Canvas::new();
+    canvas.title("vhost-user-blk servers on one core, IOPS (p50 latency)");
+    canvas.small(&format!("{}, {}", report.date, report.machine));
+    canvas.small(&report.method);
     canvas.y += 10.0;
     legend(&mut canvas, report);
     for (title, cases) in report.groups() {
@@ -77,13 +97,7 @@ pub(crate) fn draw(report: &Report) -> String {
             cases.into_iter().filter(|case| case.op != Op::Idle && case.pause_ms == 0).collect();
         panel(&mut canvas, report, title, &cases);
     }
-    let height = canvas.y + MARGIN - PANEL_GAP;
-    format!(
-        "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {WIDTH} {height:.0}\" width=\"{WIDTH}\" \
-         height=\"{height:.0}\" font-family=\"{FONT}\" font-size=\"13\" fill=\"#222\">\n\
-         <rect width=\"100%\" height=\"100%\" fill=\"#fff\"/>\n{}</svg>\n",
-        canvas.text
-    )
+    canvas.finish(PANEL_GAP)
 }
 
 fn color(report: &Report, peer: &str) -> &'static str {

@@ -5,18 +5,18 @@ use crate::report::Report;
 use crate::row::{Measurement, Summary};
 
 /// Cells in columns; the first column is left-aligned, the others right-aligned.
-struct Table(Vec<Vec<String>>);
+pub(crate) struct Table(Vec<Vec<String>>);
 
 impl Table {
-    fn new(header: &[&str]) -> Self {
+    pub(crate) fn new(header: &[&str]) -> Self {
         Self(vec![header.iter().map(ToString::to_string).collect()])
     }
 
-    fn row(&mut self, cells: Vec<String>) {
+    pub(crate) fn row(&mut self, cells: Vec<String>) {
         self.0.push(cells);
     }
 
-    fn text(&self) -> String {
+    pub(crate) fn text(&self) -> String {
         let columns = self.0[0].len();
         let width =
             |column: usize| self.0.iter().map(|row| row[column].chars().count()).max().unwrap_or(0).max(3);

@@ -20,6 +20,7 @@ use reactor::placement::Wish;
 use vmm::{Config, Kernel, Machine, Outcome, PciDevice};
 
 pub(crate) use options::RunOptions;
+use options::Switch;
 
 use crate::failure::Failure;
 use crate::stop::StopSignals;
@@ -33,11 +34,17 @@ const PROGRESS: Duration = Duration::from_millis(500);
 
 /// Runs the machine until its guest ends it, or somebody else does, and prints what was measured.
 pub(crate) fn run(options: &RunOptions) -> Result<(), Failure> {
+    if let Some(path) = &options.save_guest {
+        std::fs::write(path, crate::guest::ELF)
+            .with_context(|| format!("cannot write {}", path.display()))?;
+        return Ok(());
+    }
     let mut signals = StopSignals::install().context("cannot catch signals")?;
     vmm::check().map_err(Failure::usage)?;
     let wish = Wish { cpus: options.io_cpus.clone(), threads: options.io_threads };
-    let pool =
-        Pool::start(reactor::Options { wish, ..reactor::Options::default() }).map_err(Failure::usage)?;
+    let pin = options.io_pin == Switch::On;
+    let pool = Pool::start(reactor::Options { wish, pin, ..reactor::Options::default() });
+    let pool = pool.map_err(Failure::usage)?;
     let pool = Arc::new(pool);
     let (tell, said) = mpsc::channel();
     let machine = Arc::new(build(options, &pool, tell.clone())?);
@@ -88,7 +95,8 @@ fn build(options: &RunOptions, pool: &Arc<Pool>, tell: mpsc::Sender<Said>) -> Re
     config.memory_bytes = options.mem.0.get();
     config.huge_pages = options.huge;
     config.cpus = options.vcpus().into();
-    config.pin = options.vcpu_cpus.as_ref().map(|cpus| cpus.as_slice().to_vec()).unwrap_or_default();
+    let pins = options.vcpu_cpus.as_ref().map_or(&[][..], |cpus| cpus.as_slice());
+    config.pin = pins.iter().copied().cycle().take(config.cpus).collect();
     config.doorbells = options.doorbell;
     Machine::new(config, disks, pool.clone()).context("cannot build the machine").map_err(Failure::Usage)
 }

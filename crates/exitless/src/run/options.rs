@@ -52,7 +52,11 @@ pub struct RunOptions {
     #[arg(long, value_name = "LIST")]
     pub io_cpus: Option<CpuList>,
 
-    /// CPUs to run the virtual CPUs on, in their order.
+    /// Whether I/O threads are bound to their CPUs.
+    #[arg(long, value_enum, value_name = "ON", default_value_t = Switch::On)]
+    pub io_pin: Switch,
+
+    /// CPUs to run the virtual CPUs on, in their order; more virtual CPUs than that take turns on them.
     #[arg(long, value_name = "LIST")]
     pub vcpu_cpus: Option<CpuList>,
 
@@ -74,6 +78,10 @@ pub struct RunOptions {
     /// Print the result as one line of JSON.
     #[arg(long)]
     pub json: bool,
+
+    /// Run nothing, but write the embedded guest to a file, an ELF image for other monitors.
+    #[arg(long, value_name = "FILE", conflicts_with = "kernel")]
+    pub save_guest: Option<PathBuf>,
 
     /// Log to stderr what is at least this important [default: warn].
     #[arg(long, value_name = "LEVEL", ignore_case = true)]
@@ -167,6 +175,14 @@ pub enum Completion {
     Polled,
     /// It halts until an interrupt.
     Interrupt,
+}
+
+/// On or off.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[allow(missing_docs, reason = "the names say it")]
+pub enum Switch {
+    On,
+    Off,
 }
 
 /// A duration on the command line.

@@ -1,0 +1,70 @@
+//! `exitless bench vbmq` from end to end, in real virtual machines.
+#![allow(clippy::unwrap_used, reason = "a test that cannot be set up has failed")]
+
+use std::fs::OpenOptions;
+use std::io::Write;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+const DEADLINE: Duration = Duration::from_secs(120);
+
+/// A test that cannot run here passes and is counted as skipped by whoever reads the file named by `EXITLESS_SKIPS`.
+fn skip(test: &str, reason: &str) {
+    let line = format!("skipped: {test}: {reason}\n");
+    print!("{line}");
+    if let Some(list) = std::env::var_os("EXITLESS_SKIPS") {
+        let mut list = OpenOptions::new().create(true).append(true).open(list).unwrap();
+        list.write_all(line.as_bytes()).unwrap();
+    }
+}
+
+fn has_kvm() -> bool {
+    OpenOptions::new().read(true).write(true).open("/dev/kvm").is_ok()
+}
+
+/// Two rows, as short as a busy machine allows: it may find no time for a request.
+fn measure(csv: &std::path::Path) -> Result<serde_json::Value, String> {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_exitless"));
+    command.args(["bench", "vbmq", "--quick", "--json", "--only", "a", "--only", "h", "--backend", "null"]);
+    command.args(["--qd", "4", "--jobs", "1", "--measure-ms", "100", "--csv"]).arg(csv);
+    let output = command.output().unwrap();
+    if !output.status.success() {
+        return Err(String::from_utf8_lossy(&output.stderr).into_owned());
+    }
+    serde_json::from_slice(&output.stdout).map_err(|error| error.to_string())
+}
+
+#[test]
+fn two_rows_are_measured_and_compared() {
+    if !has_kvm() {
+        return skip("two_rows_are_measured_and_compared", "/dev/kvm cannot be used");
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let csv = dir.path().join("rows.csv");
+    let began = Instant::now();
+    let report = loop {
+        match measure(&csv) {
+            Ok(report) => break report,
+            Err(error) => assert!(began.elapsed() < DEADLINE, "{error}"),
+        }
+    };
+    let rows = report["rows"].as_array().unwrap();
+    let names: Vec<_> = rows.iter().map(|row| row["row"].as_str().unwrap()).collect();
+    assert_eq!(names, ["a", "h"]);
+    assert_eq!(rows[0]["ratio_to_baseline"], 1.0);
+    for row in rows {
+        assert!(row["iops"].as_f64().unwrap() > 0.0 && row["exits_per_request"].is_number(), "{row}");
+    }
+    assert!(report["remarks"].as_array().is_some() && report["failed"].as_array().unwrap().is_empty());
+    assert_eq!(std::fs::read_to_string(&csv).unwrap().lines().count(), 3);
+}
+
+#[test]
+fn the_guest_can_be_had_as_a_file() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("guest.elf");
+    let mut command = Command::new(env!("CARGO_BIN_EXE_exitless"));
+    let status = command.args(["run", "--save-guest"]).arg(&path).status().unwrap();
+    assert!(status.success());
+    assert!(std::fs::read(&path).unwrap().starts_with(b"\x7fELF"));
+}
