@@ -2,7 +2,7 @@
 
 use std::sync::atomic::Ordering;
 
-use reactor::{BUDGET_DEFAULT, Error, Mode, PollerState};
+use reactor::{BUDGET_DEFAULT, Error, Machine, Mode, Options, Poller, PollerState, Pool};
 
 use crate::fake::{Queue, Server, pool, wait_until};
 
@@ -156,4 +156,24 @@ fn every_thread_of_a_pool_serves_its_own_queue() {
     names.dedup();
     assert_eq!(names.len(), queues.len());
     assert!(pool.report().iter().all(|thread| thread.pollers.len() == 1));
+}
+
+#[test]
+fn a_thread_that_is_not_to_be_pinned_may_run_wherever_its_process_may() {
+    let allowed = |pin| {
+        let (tell, told) = std::sync::mpsc::channel();
+        let queue = Queue::new();
+        let pool = Pool::start(Options { pin, ..Options::default() }).unwrap();
+        let look = move || -> Box<dyn Poller> {
+            tell.send(Machine::read().allowed).unwrap();
+            Box::new(Server(queue))
+        };
+        let handle = pool.place("queue", Mode::Notify).unwrap().add("queue", look).unwrap();
+        let (allowed, cpu) = (told.recv().unwrap(), handle.cpu());
+        (allowed, cpu)
+    };
+    let (free, _) = allowed(false);
+    assert_eq!(free, Machine::read().allowed);
+    let (pinned, cpu) = allowed(true);
+    assert_eq!(pinned.iter().map(|cpu| cpu.id).collect::<Vec<_>>(), [cpu]);
 }

@@ -28,8 +28,8 @@ pub(crate) fn text(report: &Report) -> String {
         text += &prediction.text();
     }
     section(&mut text, "Remarks", report.remarks.clone());
-    section(&mut text, "Not measured", report.skipped.iter().map(missing).collect());
-    section(&mut text, "Failed", report.failed.iter().map(missing).collect());
+    section(&mut text, "Not measured", grouped(&report.skipped));
+    section(&mut text, "Failed", grouped(&report.failed));
     text
 }
 
@@ -61,9 +61,24 @@ fn conclusion(report: &Report) -> String {
     if text.is_empty() { text } else { text + "\n" }
 }
 
-fn missing(missing: &Missing) -> String {
-    let condition = missing.condition.as_ref().map_or(String::new(), |condition| format!(" ({condition})"));
-    format!("{}{condition}: {}", missing.row, missing.reason)
+/// A line for each row and reason.
+fn grouped(all: &[Missing]) -> Vec<String> {
+    let mut lines: Vec<(&Missing, usize)> = Vec::new();
+    for missing in all {
+        match lines
+            .iter_mut()
+            .find(|(first, _)| (&first.row, &first.reason) == (&missing.row, &missing.reason))
+        {
+            Some((_, more)) => *more += 1,
+            None => lines.push((missing, 0)),
+        }
+    }
+    let line = |(missing, more): (&Missing, usize)| {
+        let more = if more > 0 { format!(" and {more} more") } else { String::new() };
+        let condition = missing.condition.as_ref().map_or(String::new(), |first| format!(" ({first}{more})"));
+        format!("{}{condition}: {}", missing.row, missing.reason)
+    };
+    lines.into_iter().map(line).collect()
 }
 
 fn section(text: &mut String, title: &str, lines: Vec<String>) {
