@@ -1,20 +1,16 @@
-//! The serial port of the machine: lines of the embedded guest, or a kernel's console on this program's own streams.
+//! What the machine prints on its serial port: lines of the embedded guest, or a kernel's console on this program's own
+//! streams.
 
-use std::io::{self, Read, Write};
+use std::io::{self, IsTerminal, Write};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::mpsc::Sender;
-use std::sync::{Arc, Weak};
-use std::thread;
-use std::time::Duration;
 
-use anyhow::Context;
-use vmm::Machine;
+use rustix::fs::fstat;
 
 use super::{Said, guest};
 
 /// The longest line that is kept, in bytes; what follows on it is dropped.
 const LINE_BYTES_MAX: usize = 4096;
-/// The guest's serial port takes so few bytes at a time that it may have to catch up.
-const FULL: Duration = Duration::from_millis(5);
 
 /// Understands what the embedded guest prints, and passes on to stderr what is not for the program.
 pub(super) struct Lines {
@@ -59,9 +55,36 @@ impl Write for Lines {
     }
 }
 
+/// A stream of this program's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Stream {
+    Stdout,
+    Stderr,
+}
+
 /// Where a kernel's console goes: stdout, or stderr where stdout is for the result.
-pub(super) fn sink(json: bool) -> vmm::Sink {
-    if json { Box::new(io::stderr()) } else { Box::new(Flushed(io::stdout())) }
+pub(super) fn stream(json: bool) -> Stream {
+    if json { Stream::Stderr } else { Stream::Stdout }
+}
+
+impl Stream {
+    /// What a console is printed to.
+    pub(super) fn sink(self) -> vmm::Sink {
+        match self {
+            Self::Stdout => Box::new(Flushed(io::stdout())),
+            Self::Stderr => Box::new(io::stderr()),
+        }
+    }
+
+    /// Whether what is printed on it is among what is printed on stderr: the same terminal, file or pipe.
+    pub(super) fn is_stderr(self) -> bool {
+        let (stdout, stderr) = (io::stdout(), io::stderr());
+        if self == Self::Stderr || stdout.is_terminal() && stderr.is_terminal() {
+            return true;
+        }
+        let identity = |fd: BorrowedFd<'_>| fstat(fd).map(|found| (found.st_dev, found.st_ino));
+        matches!((identity(stdout.as_fd()), identity(stderr.as_fd())), (Ok(a), Ok(b)) if a == b)
+    }
 }
 
 /// Shows every byte at once: a prompt ends in no newline.
@@ -76,34 +99,6 @@ impl Write for Flushed {
     fn flush(&mut self) -> io::Result<()> {
         self.0.flush()
     }
-}
-
-/// Types what comes on stdin on the machine's console, for as long as there is a machine.
-pub(super) fn type_from_stdin(machine: &Arc<Machine>) -> anyhow::Result<()> {
-    let machine = Arc::downgrade(machine);
-    let run = move || {
-        let mut bytes = [0; 256];
-        while let Ok(count @ 1..) = io::stdin().read(&mut bytes) {
-            if !type_all(&machine, &bytes[..count]) {
-                return;
-            }
-        }
-    };
-    thread::Builder::new().name("console".into()).spawn(run).context("cannot start a thread")?;
-    Ok(())
-}
-
-fn type_all(machine: &Weak<Machine>, mut bytes: &[u8]) -> bool {
-    while !bytes.is_empty() {
-        let Some(machine) = machine.upgrade() else { return false };
-        let taken = machine.input(bytes);
-        bytes = &bytes[taken..];
-        drop(machine);
-        if taken == 0 {
-            thread::sleep(FULL);
-        }
-    }
-    true
 }
 
 #[cfg(test)]

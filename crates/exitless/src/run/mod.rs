@@ -3,15 +3,17 @@
 mod console;
 mod disk;
 mod guest;
+mod keyboard;
 mod options;
 mod progress;
 mod report;
+mod terminal;
 
+use std::io::{self, Write};
 use std::num::NonZeroU16;
 use std::sync::Arc;
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
-use std::time::Duration;
 
 use anyhow::{Context, anyhow};
 use blk::Blk;
@@ -28,9 +30,7 @@ use disk::DiskOption;
 use guest::{JobResult, Line};
 use progress::Progress;
 use report::{Measured, Report};
-
-/// How often the progress line changes.
-const PROGRESS: Duration = Duration::from_millis(500);
+use terminal::Loan;
 
 /// Runs the machine until its guest ends it, or somebody else does, and prints what was measured.
 pub(crate) fn run(options: &RunOptions) -> Result<(), Failure> {
@@ -48,6 +48,11 @@ pub(crate) fn run(options: &RunOptions) -> Result<(), Failure> {
     let pool = Arc::new(pool);
     let (tell, said) = mpsc::channel();
     let machine = Arc::new(build(options, &pool, tell.clone())?);
+    let loan = if options.kernel.is_some() { Loan::take(&mut signals)? } else { None };
+    let terminal = loan.as_ref().map(|loan| loan.terminal().clone());
+    if terminal.is_some() && !options.quiet {
+        let _ = writeln!(io::stderr(), "{}", keyboard::NOTICE);
+    }
 
     let (watched, handle) = (machine.clone(), signals.handle());
     let runner = thread::Builder::new().name("machine".into()).spawn(move || {
@@ -57,19 +62,23 @@ pub(crate) fn run(options: &RunOptions) -> Result<(), Failure> {
         outcome
     });
     let runner = runner.context("cannot start a thread")?;
-    let stopped = machine.clone();
+    let (stopped, lent) = (machine.clone(), terminal.clone());
     let wait_for_signals = move || {
         if signals.wait().is_some() {
+            if let Some(terminal) = lent {
+                terminal.give_back();
+            }
             stopped.stop();
         }
     };
     thread::Builder::new().name("signals".into()).spawn(wait_for_signals).context("cannot start a thread")?;
     if options.kernel.is_some() {
-        console::type_from_stdin(&machine)?;
+        keyboard::start(&machine, terminal)?;
     }
 
     let mut report = follow(&machine, &said, options);
     let outcome = runner.join().map_err(|_| anyhow!("the machine's thread panicked"))?;
+    drop(loan);
     let outcome = outcome.context("the machine cannot go on")?;
     report.end(outcome, machine.snapshot());
     crate::print(report.text(options.json).as_bytes())?;
@@ -84,7 +93,7 @@ fn build(options: &RunOptions, pool: &Arc<Pool>, tell: mpsc::Sender<Said>) -> Re
         disks.push(PciDevice::new(Arc::new(disk), format!("disk{index}"), options.poll));
     }
     let mut config = match &options.kernel {
-        Some(kernel) => Config::new(Kernel::Path(kernel.clone()), console::sink(options.json)),
+        Some(kernel) => Config::new(Kernel::Path(kernel.clone()), console::stream(options.json).sink()),
         None => Config::new(Kernel::Embedded(crate::guest::ELF), Box::new(console::Lines::new(tell))),
     };
     config.initrd.clone_from(&options.initrd);
@@ -135,13 +144,14 @@ enum Said {
 /// Collects what the embedded guest says, each result with what the machine counted meanwhile.
 fn follow(machine: &Machine, said: &mpsc::Receiver<Said>, options: &RunOptions) -> Report {
     let mut report = Report::new(options);
-    let mut progress = Progress::new();
+    let console = options.kernel.as_ref().map(|_| console::stream(options.json));
+    let mut progress = Progress::new(options.quiet, console, machine.snapshot());
     loop {
-        match said.recv_timeout(PROGRESS) {
+        match said.recv_timeout(progress.wait()) {
             Ok(Said::Line(Line::Ready { .. })) => {}
             Ok(Said::Line(Line::Result(result))) => report.results.push(measured(*result, machine)),
             Ok(Said::Line(Line::Error(error))) => report.errors.push(error),
-            Err(RecvTimeoutError::Timeout) => progress.show(&machine.snapshot()),
+            Err(RecvTimeoutError::Timeout) => progress.show(machine.snapshot()),
             Ok(Said::Ended) | Err(RecvTimeoutError::Disconnected) => break,
         }
     }

@@ -79,6 +79,10 @@ pub struct RunOptions {
     #[arg(long)]
     pub json: bool,
 
+    /// Say nothing on stderr about progress and keys.
+    #[arg(long, short)]
+    pub quiet: bool,
+
     /// Run nothing, but write the embedded guest to a file, an ELF image for other monitors.
     #[arg(long, value_name = "FILE", conflicts_with = "kernel")]
     pub save_guest: Option<PathBuf>,

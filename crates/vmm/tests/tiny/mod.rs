@@ -76,6 +76,14 @@ impl Program {
         self.bytes(&[0x66, 0xBA, low, high, 0xEC, 0x66, 0xBA, 0xF8, 0x03, 0xEE])
     }
 
+    /// Prints what is typed, up to `last` and that too.
+    pub(crate) fn echo_until(self, last: u8) -> Self {
+        self.bytes(&[0x66, 0xBA, 0xFD, 0x03, 0xEC]) // next: mov dx, 0x3FD; in al, dx
+            .bytes(&[0xA8, 0x01, 0x74, 0xF7]) // test al, 1; jz next
+            .bytes(&[0x66, 0xBA, 0xF8, 0x03, 0xEC, 0xEE]) // mov dx, 0x3F8; in al, dx; out dx, al
+            .bytes(&[0x3C, last, 0x75, 0xED]) // cmp al, last; jne next
+    }
+
     /// Writes 32 bits.
     pub(crate) fn write32(self, address: u32, value: u32) -> Self {
         self.bytes(&[0xC7, 0x05]).word(address).word(value)
