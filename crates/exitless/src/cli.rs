@@ -41,6 +41,7 @@ const SERVE_EXAMPLES: &str = "\
 A file has the long options of `exitless blk` and `exitless rng` as keys:
     cpus = \"2-5\"
     control = \"/run/exitless.sock\"
+    metrics = \"127.0.0.1:9100\"
 
     [[blk]]
     socket = \"/run/vm1-disk.sock\"
@@ -70,7 +71,7 @@ Examples:
     exitless run
     exitless run --guest-job blk --jobs 2 --qd 32 --bs 4k --rw randread --seconds 5 --disk mem:1G,queues=2
     exitless run --kernel vmlinuz --initrd initrd.img --append 'root=/dev/vda1 rw' --cpus 2 --mem 1G \\
-        --disk file:root.raw,queues=2 --disk qcow2:data.qcow2
+        --disk file:root.raw,queues=2 --disk qcow2:data.qcow2 --metrics 127.0.0.1:9100
 
 A Linux guest talks through the serial port: add console=ttyS0 to --append. Where stdin is a terminal, all its keys are
 the guest's, Ctrl-C too. Ctrl-A begins an escape:

@@ -1,7 +1,8 @@
 //! The `exitless` program: the only room in which devices and transports meet.
 //!
 //! A command line ([`cli`]) or a configuration file ([`config`]) becomes [`options`]; `service` makes devices of them,
-//! puts each behind its socket, and serves until it is told to end. Meanwhile [`control`] answers questions.
+//! puts each behind its socket, and serves until it is told to end. Meanwhile [`control`] answers questions,
+//! and [`metrics`] whoever collects figures.
 
 #![warn(missing_docs)]
 
@@ -14,6 +15,7 @@ pub mod failure;
 pub mod feature;
 mod group;
 pub mod guest;
+pub mod metrics;
 pub mod options;
 pub mod report;
 mod run;

@@ -14,6 +14,7 @@ use clap::{Args, ValueEnum};
 use reactor::{CpuList, Mode};
 
 use crate::feature::{self, Feature};
+use crate::metrics::Address;
 use crate::size::Size;
 
 /// Options of the whole process.
@@ -29,6 +30,10 @@ pub struct ServiceOptions {
     /// Accept commands of `exitless ctl` at this socket.
     #[arg(long, value_name = "PATH")]
     pub control: Option<PathBuf>,
+
+    /// Serve metrics in Prometheus' format at `unix:PATH` or `IP:PORT`, path /metrics.
+    #[arg(long, value_name = "ADDR")]
+    pub metrics: Option<Address>,
 
     /// Log to stderr what is at least this important [default: info].
     #[arg(long, value_name = "LEVEL", ignore_case = true)]
@@ -46,6 +51,7 @@ impl ServiceOptions {
         Self {
             cpus: self.cpus.or(other.cpus),
             control: self.control.or(other.control),
+            metrics: self.metrics.or(other.metrics),
             log: self.log.or(other.log),
             json: self.json || other.json,
         }

@@ -59,6 +59,11 @@ pub enum Event<'a> {
         /// Where.
         socket: &'a Path,
     },
+    /// Metrics are served.
+    Metrics {
+        /// Where.
+        address: &'a str,
+    },
     /// It was told to end, and lets requests in flight be completed.
     Stopping {
         /// By what.
@@ -73,6 +78,7 @@ impl fmt::Display for Event<'_> {
         match self {
             Self::Ready(ready) => write!(f, "ready: {ready}"),
             Self::Control { socket } => write!(f, "control: socket {}", socket.display()),
+            Self::Metrics { address } => write!(f, "metrics: {address}"),
             Self::Stopping { signal } => write!(f, "stopping: {signal}; a second signal ends it at once"),
             Self::Stopped => f.write_str("stopped: requests in flight are completed, sockets removed"),
         }

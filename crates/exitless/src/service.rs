@@ -20,6 +20,7 @@ use crate::device::{AnyDevice, withheld};
 use crate::drain::ControlThreads;
 use crate::failure::Failure;
 use crate::group;
+use crate::metrics::{self, MetricsSocket};
 use crate::options::{DeviceOptions, ServiceOptions, SocketOptions};
 use crate::report::{Event, Ready, Reporter};
 use crate::stop::StopSignals;
@@ -54,6 +55,7 @@ pub(crate) fn serve(options: ServiceOptions, devices: Vec<DeviceOptions>) -> Res
         servers.push((device.socket().name(), server));
     }
     let control = options.control.as_deref().map(ControlSocket::listen).transpose()?;
+    let metrics = options.metrics.as_ref().map(MetricsSocket::listen).transpose()?;
     let mut threads = ControlThreads::new();
     for (name, server) in servers {
         let (stop, ended) = (stop.clone(), signals.handle());
@@ -66,17 +68,23 @@ pub(crate) fn serve(options: ServiceOptions, devices: Vec<DeviceOptions>) -> Res
     for ready in readiness(&board, &pool, &machine, &wish) {
         reporter.tell(&Event::Ready(&ready));
     }
-    let board = Board { devices: board, pool: pool.clone() };
+    let board = Arc::new(Board { devices: board, pool: pool.clone() });
     if let Some(control) = &control {
+        let board = board.clone();
         control.answer(Arc::new(move |request| board.answer(request)))?;
         reporter.tell(&Event::Control { socket: control.path() });
     }
+    let metrics = metrics.map(|socket| {
+        reporter.tell(&Event::Metrics { address: &socket.place() });
+        socket.answer(Box::new(move || metrics::of_service(&board.devices(), &board.stats())))
+    });
+    let metrics = metrics.transpose()?;
 
     let signal = signals.wait();
     if let Some(signal) = signal {
         reporter.tell(&Event::Stopping { signal });
     }
-    drop(control);
+    drop((control, metrics));
     rustix::io::write(&*stop, &1_u64.to_ne_bytes()).map_err(|errno| anyhow!(errno).context("cannot stop"))?;
     threads.join(DRAIN_MAX)?;
     pool.stop().context("cannot stop the I/O threads")?;
@@ -211,11 +219,8 @@ struct Board {
 impl Board {
     fn answer(&self, request: Request) -> Response {
         let answer = match request {
-            Request::List => Ok(Response::Devices(self.devices.iter().map(Entry::info).collect())),
-            Request::Stats => Ok(Response::Stats(Stats {
-                devices: self.devices.iter().map(Entry::stats).collect(),
-                threads: self.pool.report().into_iter().map(control::ThreadStats::from).collect(),
-            })),
+            Request::List => Ok(Response::Devices(self.devices())),
+            Request::Stats => Ok(Response::Stats(self.stats())),
             Request::Resize { device, bytes } => {
                 self.on(&device, |found| found.resize(bytes)).map(|bytes| Response::Resized { device, bytes })
             }
@@ -224,6 +229,17 @@ impl Board {
                 .map(|()| Response::Limited { device }),
         };
         answer.unwrap_or_else(|error| Response::Error(format!("{error:#}")))
+    }
+
+    fn devices(&self) -> Vec<DeviceInfo> {
+        self.devices.iter().map(Entry::info).collect()
+    }
+
+    fn stats(&self) -> Stats {
+        Stats {
+            devices: self.devices.iter().map(Entry::stats).collect(),
+            threads: self.pool.report().into_iter().map(control::ThreadStats::from).collect(),
+        }
     }
 
     /// Does something to the device of that name.

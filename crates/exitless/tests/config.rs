@@ -89,7 +89,7 @@ fn what_is_wrong_is_said_with_its_place_and_what_is_allowed() {
         ("cpu = 2\n[rng]\nsocket = 'a'", "vm.toml:1:1: unknown key `cpu`; did you mean `cpus`?"),
         (
             "speed = 2\n[rng]\nsocket = 'a'",
-            "vm.toml:1:1: unknown key `speed`; allowed are `cpus`, `control`, `log`, `json`, `blk`, `rng`",
+            "vm.toml:1:1: unknown key `speed`; allowed are `cpus`, `control`, `metrics`, `log`, `json`, `blk`, `rng`",
         ),
         ("blk = 5", "vm.toml:1:7: `blk` must be a table; begin one with `[[blk]]` on a line of its own"),
         ("[[blk]]\nsocket = '/run/a'", "vm.toml:1:1: `[[blk]]`: it needs `backend`"),

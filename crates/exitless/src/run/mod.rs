@@ -25,6 +25,7 @@ pub(crate) use options::RunOptions;
 use options::Switch;
 
 use crate::failure::Failure;
+use crate::metrics::{self, MetricsSocket, MetricsThread};
 use crate::stop::StopSignals;
 use disk::DiskOption;
 use guest::{JobResult, Line};
@@ -41,6 +42,8 @@ pub(crate) fn run(options: &RunOptions) -> Result<(), Failure> {
     }
     let mut signals = StopSignals::install().context("cannot catch signals")?;
     vmm::check().map_err(Failure::usage)?;
+    // Before the machine takes long to build.
+    let metrics = options.metrics.as_ref().map(MetricsSocket::listen).transpose()?;
     let wish = Wish { cpus: options.io_cpus.clone(), threads: options.io_threads };
     let pin = options.io_pin == Switch::On;
     let pool = Pool::start(reactor::Options { wish, pin, ..reactor::Options::default() });
@@ -48,6 +51,7 @@ pub(crate) fn run(options: &RunOptions) -> Result<(), Failure> {
     let pool = Arc::new(pool);
     let (tell, said) = mpsc::channel();
     let machine = Arc::new(build(options, &pool, tell.clone())?);
+    let metrics = metrics.map(|socket| serve_metrics(socket, &machine, options.quiet)).transpose()?;
     let loan = if options.kernel.is_some() { Loan::take(&mut signals)? } else { None };
     let terminal = loan.as_ref().map(|loan| loan.terminal().clone());
     if terminal.is_some() && !options.quiet {
@@ -78,12 +82,24 @@ pub(crate) fn run(options: &RunOptions) -> Result<(), Failure> {
 
     let mut report = follow(&machine, &said, options);
     let outcome = runner.join().map_err(|_| anyhow!("the machine's thread panicked"))?;
-    drop(loan);
+    drop((loan, metrics));
     let outcome = outcome.context("the machine cannot go on")?;
     report.end(outcome, machine.snapshot());
     crate::print(report.text(options.json).as_bytes())?;
     pool.stop().context("cannot stop the I/O threads")?;
     verdict(outcome, &report)
+}
+
+fn serve_metrics(
+    socket: MetricsSocket,
+    machine: &Arc<Machine>,
+    quiet: bool,
+) -> anyhow::Result<MetricsThread> {
+    if !quiet {
+        let _ = writeln!(io::stderr(), "metrics: {}", socket.place());
+    }
+    let machine = machine.clone();
+    socket.answer(Box::new(move || metrics::of_machine(&machine.snapshot())))
 }
 
 /// The machine with its disks, ready to run.

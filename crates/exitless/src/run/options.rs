@@ -9,6 +9,7 @@ use reactor::{CpuList, Mode};
 use vmm::DoorbellMode;
 
 use super::disk::DiskOption;
+use crate::metrics::Address;
 use crate::options::{LogLevel, mode_parser, parse_count};
 use crate::size::Size;
 
@@ -79,7 +80,11 @@ pub struct RunOptions {
     #[arg(long)]
     pub json: bool,
 
-    /// Say nothing on stderr about progress and keys.
+    /// Serve metrics in Prometheus' format at `unix:PATH` or `IP:PORT`, path /metrics, while the machine runs.
+    #[arg(long, value_name = "ADDR")]
+    pub metrics: Option<Address>,
+
+    /// Say nothing on stderr about progress, keys and where metrics are.
     #[arg(long, short)]
     pub quiet: bool,
 
