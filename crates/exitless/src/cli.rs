@@ -73,8 +73,8 @@ Examples:
     exitless run --kernel vmlinuz --initrd initrd.img --append 'root=/dev/vda1 rw' --cpus 2 --mem 1G \\
         --disk file:root.raw,queues=2 --disk qcow2:data.qcow2 --metrics 127.0.0.1:9100
 
-A Linux guest talks through the serial port: add console=ttyS0 to --append. Where stdin is a terminal, all its keys are
-the guest's, Ctrl-C too. Ctrl-A begins an escape:
+A Linux guest talks through the serial port: add console=ttyS0 to --append. \
+Where stdin is a terminal, all its keys are the guest's, Ctrl-C too. Ctrl-A begins an escape:
   Ctrl-A x       ends the machine
   Ctrl-A Ctrl-A  sends a Ctrl-A
   Ctrl-A h       says this again";

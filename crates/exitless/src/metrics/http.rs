@@ -77,6 +77,8 @@ fn response(status: &str, kind: &str, header: &str, body: &str, with_body: bool)
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     fn ask(request: &[u8]) -> Option<String> {
@@ -127,5 +129,21 @@ mod tests {
         let answer = request.add(&[b'a'; 1000], String::new).unwrap();
         assert!(answer.starts_with(b"HTTP/1.1 431 "));
         assert_eq!(request.room(), 0);
+    }
+
+    proptest! {
+        #[test]
+        fn whatever_comes_in_whatever_pieces_is_answered_once_or_waited_for(
+            pieces in prop::collection::vec("(GET |HEAD|/metrics|HTTP/1.|[\\x00-\\xff ?]{0,3}|\r?\n){0,9}|[a-z]{4096}", 0..12),
+        ) {
+            let mut request = Request::default();
+            for piece in &pieces {
+                if let Some(answer) = request.add(piece.as_bytes(), || "page\n".to_owned()) {
+                    prop_assert!(answer.starts_with(b"HTTP/1.1 ") && answer.windows(4).any(|end| end == b"\r\n\r\n"));
+                    break;
+                }
+                prop_assert!(request.room() > 0);
+            }
+        }
     }
 }

@@ -4,10 +4,12 @@
 //! accepted, how often figures are collected. Whoever is slow loses its connection, whoever comes when all places are
 //! taken gets the oldest one, and nothing keeps the thread from ending when it is told to.
 
+use std::convert::Infallible;
 use std::io;
 use std::net::{SocketAddr, TcpListener};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::thread::{self, JoinHandle};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
@@ -28,6 +30,8 @@ const ACCEPT_EVERY: Duration = Duration::from_millis(5);
 const ACCEPT_AGAIN: Duration = Duration::from_secs(1);
 /// Figures are collected so often; who asks in between gets the last ones.
 const COLLECT_EVERY: Duration = Duration::from_millis(100);
+/// How long it may take to end. Only collecting can take long, if a device is busy with storage that does not answer.
+const END_MAX: Duration = Duration::from_secs(1);
 /// A Unix socket is for its owner alone.
 const MODE: u32 = 0o600;
 /// Scrapes need no deep stacks.
@@ -72,9 +76,14 @@ impl MetricsSocket {
         let stop = eventfd(0, EventfdFlags::CLOEXEC).context("cannot make an eventfd")?;
         let stopped = stop.try_clone().context("cannot share an eventfd")?;
         let server = Server { socket: self.0, connections: Vec::new(), page: Page { collect, last: None } };
+        let (running, ended) = channel();
+        let run = move || {
+            let _running = running;
+            server.run(&stopped);
+        };
         let thread = thread::Builder::new().name("metrics".to_owned()).stack_size(STACK_BYTES);
-        let thread = thread.spawn(move || server.run(&stopped)).context("cannot start the metrics thread")?;
-        Ok(MetricsThread { stop, thread: Some(thread) })
+        thread.spawn(run).context("cannot start the metrics thread")?;
+        Ok(MetricsThread { stop, ended })
     }
 }
 
@@ -96,14 +105,14 @@ impl AsFd for Socket {
 /// The thread; it ends when this is dropped, and the socket with it.
 pub(crate) struct MetricsThread {
     stop: OwnedFd,
-    thread: Option<JoinHandle<()>>,
+    ended: Receiver<Infallible>,
 }
 
 impl Drop for MetricsThread {
     fn drop(&mut self) {
-        let told = rustix::io::write(&self.stop, &1_u64.to_ne_bytes());
-        if let (Ok(_), Some(thread)) = (told, self.thread.take()) {
-            let _ = thread.join();
+        let _ = rustix::io::write(&self.stop, &1_u64.to_ne_bytes());
+        if let Err(RecvTimeoutError::Timeout) = self.ended.recv_timeout(END_MAX) {
+            tracing::warn!("the metrics thread does not end; what it collects figures of does not answer");
         }
     }
 }

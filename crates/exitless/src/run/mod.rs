@@ -31,7 +31,7 @@ use disk::DiskOption;
 use guest::{JobResult, Line};
 use progress::Progress;
 use report::{Measured, Report};
-use terminal::Loan;
+use terminal::{Loan, Terminal};
 
 /// Runs the machine until its guest ends it, or somebody else does, and prints what was measured.
 pub(crate) fn run(options: &RunOptions) -> Result<(), Failure> {
@@ -66,16 +66,7 @@ pub(crate) fn run(options: &RunOptions) -> Result<(), Failure> {
         outcome
     });
     let runner = runner.context("cannot start a thread")?;
-    let (stopped, lent) = (machine.clone(), terminal.clone());
-    let wait_for_signals = move || {
-        if signals.wait().is_some() {
-            if let Some(terminal) = lent {
-                terminal.give_back();
-            }
-            stopped.stop();
-        }
-    };
-    thread::Builder::new().name("signals".into()).spawn(wait_for_signals).context("cannot start a thread")?;
+    stop_by_signal(signals, machine.clone(), terminal.clone())?;
     if options.kernel.is_some() {
         keyboard::start(&machine, terminal)?;
     }
@@ -88,6 +79,24 @@ pub(crate) fn run(options: &RunOptions) -> Result<(), Failure> {
     crate::print(report.text(options.json).as_bytes())?;
     pool.stop().context("cannot stop the I/O threads")?;
     verdict(outcome, &report)
+}
+
+/// Has the first signal stop the machine, until the machine has ended.
+fn stop_by_signal(
+    mut signals: StopSignals,
+    machine: Arc<Machine>,
+    terminal: Option<Arc<Terminal>>,
+) -> anyhow::Result<()> {
+    let wait = move || {
+        if signals.wait().is_some() {
+            if let Some(terminal) = terminal {
+                terminal.give_back();
+            }
+            machine.stop();
+        }
+    };
+    thread::Builder::new().name("signals".into()).spawn(wait).context("cannot start a thread")?;
+    Ok(())
 }
 
 fn serve_metrics(

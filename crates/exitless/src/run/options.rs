@@ -72,10 +72,6 @@ pub struct RunOptions {
     #[arg(long, value_name = "COUNT", conflicts_with = "io_cpus", value_parser = parse_count::<NonZeroUsize>)]
     pub io_threads: Option<NonZeroUsize>,
 
-    #[command(flatten)]
-    #[allow(missing_docs)]
-    pub job: JobOptions,
-
     /// Print the result as one line of JSON.
     #[arg(long)]
     pub json: bool,
@@ -95,6 +91,11 @@ pub struct RunOptions {
     /// Log to stderr what is at least this important [default: warn].
     #[arg(long, value_name = "LEVEL", ignore_case = true)]
     pub log: Option<LogLevel>,
+
+    // Last, for what follows in the help would be under its heading.
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub job: JobOptions,
 }
 
 /// What the embedded guest does.

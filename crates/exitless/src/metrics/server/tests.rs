@@ -99,3 +99,22 @@ fn a_place_that_is_taken_is_refused_with_the_reason() {
     assert!(tcp.starts_with("metrics: cannot listen at 127.0.0.1:"), "{tcp}");
     assert!(tcp.contains("in use"), "{tcp}");
 }
+
+#[test]
+fn figures_that_do_not_come_keep_nobody_from_ending() {
+    let (asked, collecting) = channel();
+    let (come, figures) = channel::<()>();
+    let mut served = Served::new(move || {
+        asked.send(()).unwrap();
+        let _ = figures.recv();
+        String::new()
+    });
+    let mut scraper = served.connect();
+    scraper.write_all(SCRAPE).unwrap();
+    collecting.recv_timeout(LONG).unwrap();
+    drop(served.thread.take());
+    drop(come);
+    let mut rest = Vec::new();
+    // Closed without an answer, or with the last one: the thread ends now.
+    let _ = scraper.read_to_end(&mut rest);
+}
