@@ -5,8 +5,7 @@
 //! program gives the terminal back as it was: the guest's end, an error, a panic of the main thread, a signal.
 
 use std::io;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::Context;
 use rustix::process::getpgrp;
@@ -17,7 +16,7 @@ use crate::stop::{SecondSignal, StopSignals};
 /// A terminal that is lent. Threads may hold on to it longer than it is.
 pub(super) struct Terminal {
     before: Termios,
-    lent: AtomicBool,
+    lent: Mutex<bool>,
     second_signal: SecondSignal,
 }
 
@@ -36,7 +35,7 @@ impl Loan {
         let Some(second_signal) = signals.hold_second().context("cannot catch signals")? else {
             return Ok(None);
         };
-        let loan = Self(Arc::new(Terminal { before, lent: AtomicBool::new(true), second_signal }));
+        let loan = Self(Arc::new(Terminal { before, lent: Mutex::new(true), second_signal }));
         tcsetattr(&stdin, OptionalActions::Now, &raw(&loan.0.before))
             .context("cannot set up the terminal")?;
         Ok(Some(loan))
@@ -57,9 +56,11 @@ impl Terminal {
     /// Gives it back. The first time counts: later, it may be somebody else's.
     pub(super) fn give_back(&self) {
         let stdin = io::stdin();
+        // Held until it is given back: whoever comes second may be about to end the process.
+        let mut lent = self.lent.lock().unwrap_or_else(PoisonError::into_inner);
         // From the background, the attempt would stop this process, and the settings are not its own any more.
         let background = tcgetpgrp(&stdin).is_ok_and(|foreground| foreground != getpgrp());
-        if self.lent.swap(false, Ordering::SeqCst) && !background {
+        if std::mem::take(&mut *lent) && !background {
             // `Now`: what waits to be shown may wait for ever.
             if let Err(error) = tcsetattr(&stdin, OptionalActions::Now, &self.before) {
                 tracing::debug!(%error, "the terminal's settings are not put back");
