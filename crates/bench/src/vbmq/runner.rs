@@ -32,6 +32,16 @@ pub(crate) enum Ran {
     Skipped(String),
 }
 
+impl Ran {
+    /// Where it says how far apart the CPUs were.
+    pub(crate) fn hop_ns(&mut self) -> Option<&mut Option<f64>> {
+        match self {
+            Self::Measured(figures) => Some(&mut figures.hop_ns),
+            Self::Skipped(_) => None,
+        }
+    }
+}
+
 /// Everything that rows need.
 pub(crate) struct Runner<'a> {
     pub(crate) rows: &'a Rows,
