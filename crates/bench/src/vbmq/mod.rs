@@ -177,6 +177,11 @@ fn measure_all(
             }
         }
     }
+    if here.is_empty() {
+        let mut reasons: Vec<_> = report.skipped.iter().map(|missing| missing.reason.as_str()).collect();
+        reasons.dedup();
+        bail!("none of the rows can be measured here: {}", reasons.join("; "));
+    }
     let mut progress = Progress::new(repetitions as usize * conditions.len() * here.len());
     let mut given_up = HashSet::new();
     let load_ms = progress.total() as u64 * runner.measure_ms;
