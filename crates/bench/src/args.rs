@@ -70,7 +70,7 @@ pub struct BlkArgs {
     #[arg(long)]
     pub(crate) markdown: bool,
 
-    /// Keep every repetition as a line of this file.
+    /// Write every repetition to this file, as a line, as soon as it was measured.
     #[arg(long, value_name = "FILE")]
     pub(crate) csv: Option<PathBuf>,
 
@@ -118,7 +118,7 @@ pub struct VbmqArgs {
     #[arg(long)]
     pub(crate) json: bool,
 
-    /// Keep every repetition as a line of this file.
+    /// Write every repetition to this file, as a line, as soon as it was measured.
     #[arg(long, value_name = "FILE")]
     pub(crate) csv: Option<PathBuf>,
 

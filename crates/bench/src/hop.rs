@@ -8,6 +8,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
+use anyhow::Result;
+
 use crate::cpus::{self, Cpus};
 
 /// Distances are the same that differ by less than this factor: neighbours differ by 20 %, sockets and dies by 100 % or more.
@@ -17,6 +19,10 @@ const BATCHES: u32 = 8;
 const ROUNDS: u32 = 500;
 /// Between two looks while waiting.
 const PAUSE: Duration = Duration::from_millis(50);
+/// How often a repetition is made during which the CPUs were moved apart.
+const TRIES: u32 = 3;
+/// How much of a run may pass with waiting for CPUs that are near each other, as a share of the load's duration.
+const PATIENCE: f64 = 0.3;
 /// How long to wait before a repetition.
 const WAIT_MAX: Duration = Duration::from_secs(3);
 
@@ -33,39 +39,54 @@ pub(crate) struct Distance {
 }
 
 impl Distance {
-    /// Waits no longer than `patience` in all.
-    pub(crate) fn new(cpus: Cpus, patience: Duration) -> Self {
+    /// For a run of measurements that take `load_ms` together.
+    pub(crate) fn new(cpus: Cpus, load_ms: u64) -> Self {
+        let patience = Duration::from_millis(load_ms).mul_f64(PATIENCE);
         let mut new = Self { cpus, nearest_ns: f64::INFINITY, patience };
         new.look();
         new
     }
 
+    /// Measures while the CPUs are as near to each other as they were before, if that can be had. `hop_ns` is where a
+    /// result keeps the distance; it is measured again if that is far, and kept as it is without such a place.
+    pub(crate) fn near<T>(
+        &mut self,
+        mut measure: impl FnMut() -> Result<T>,
+        hop_ns: impl Fn(&mut T) -> Option<&mut Option<f64>>,
+    ) -> Result<T> {
+        let mut tries = TRIES;
+        loop {
+            tries -= 1;
+            let before = self.settle();
+            let mut measured = measure()?;
+            if let Some(hop_ns) = hop_ns(&mut measured) {
+                *hop_ns = before.zip(self.look()).map(|(before, after)| before.max(after));
+                let moved = hop_ns.is_some_and(|ns| !is_near(ns, self.nearest_ns));
+                if moved && tries > 0 && self.patience > PAUSE {
+                    continue;
+                }
+            }
+            return Ok(measured);
+        }
+    }
+
     /// Nanoseconds one way; None where there is one CPU only.
-    pub(crate) fn look(&mut self) -> Option<f64> {
+    fn look(&mut self) -> Option<f64> {
         let ns = ping_pong(self.cpus)?;
         self.nearest_ns = self.nearest_ns.min(ns);
         Some(ns)
     }
 
     /// Waits a while for the CPUs to be as near as they were seen before.
-    pub(crate) fn settle(&mut self) -> Option<f64> {
+    fn settle(&mut self) -> Option<f64> {
         let began = Instant::now();
         let mut ns = self.look()?;
-        while !self.is_nearest(ns) && began.elapsed() < WAIT_MAX.min(self.patience) {
+        while !is_near(ns, self.nearest_ns) && began.elapsed() < WAIT_MAX.min(self.patience) {
             std::thread::sleep(PAUSE);
             ns = self.look()?;
         }
         self.patience = self.patience.saturating_sub(began.elapsed());
         Some(ns)
-    }
-
-    pub(crate) fn is_nearest(&self, hop_ns: f64) -> bool {
-        is_near(hop_ns, self.nearest_ns)
-    }
-
-    /// Whether it is worth waiting, or doing again what was disturbed.
-    pub(crate) fn is_patient(&self) -> bool {
-        self.patience > PAUSE
     }
 }
 
@@ -122,8 +143,10 @@ mod tests {
         assert_eq!(ping_pong(Cpus { server: None, client: None }), None);
         let machine = reactor::Machine::read();
         let cpus = Cpus::choose(&machine, None, None).unwrap();
-        let mut distance = Distance::new(cpus, Duration::ZERO);
-        assert!(!distance.is_patient());
-        assert_eq!(distance.settle().is_some(), cpus.server.is_some());
+        let mut distance = Distance::new(cpus, 0);
+        let mut times = 0;
+        let measured = distance.near(|| Ok((times += 1, None)), |(_, hop_ns)| Some(hop_ns)).unwrap();
+        assert_eq!(measured.1.is_some(), cpus.server.is_some());
+        assert_eq!(times, 1, "without patience nothing is measured again");
     }
 }

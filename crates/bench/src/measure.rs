@@ -49,6 +49,16 @@ pub(crate) enum Outcome {
     Skipped(String),
 }
 
+impl Outcome {
+    /// Where it says how far apart the CPUs were.
+    pub(crate) fn hop_ns(&mut self) -> Option<&mut Option<f64>> {
+        match self {
+            Self::Measured(measurement) => Some(&mut measurement.hop_ns),
+            Self::Skipped(_) => None,
+        }
+    }
+}
+
 /// Measures one repetition of `case` against a fresh `peer`. Checks the data first if `check` is set.
 pub(crate) fn measure(
     installed: &Installed,

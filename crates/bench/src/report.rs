@@ -1,6 +1,7 @@
 //! What a run found out, and its forms: tables, Markdown, CSV, JSON, a drawing.
 
 pub(crate) mod csv;
+pub(crate) mod kept;
 pub(crate) mod svg;
 pub(crate) mod text;
 

@@ -2,7 +2,6 @@
 
 use std::collections::HashSet;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use reactor::{Clock, Machine};
@@ -17,16 +16,13 @@ use crate::measure::{Outcome, Settings, measure};
 use crate::pattern;
 use crate::peer::{self, Installed, PeerKind};
 use crate::progress::Progress;
+use crate::report::kept::Kept;
 use crate::report::{self, Report, text};
 use crate::row::{Measurement, Row, median, nearest_ns, summarize};
 use crate::signals;
 
 /// A run whose server or client waits for a CPU longer than this share of the time gets a remark.
 const WAITED_MAX: f64 = 0.02;
-/// How often a repetition is made during which the CPUs were moved apart.
-const TRIES: u32 = 3;
-/// How much of a run may pass with waiting for CPUs that are near each other, as a share of the load's duration.
-const PATIENCE: f64 = 0.3;
 
 /// Durations of one kind of run.
 struct Pace {
@@ -152,7 +148,8 @@ fn measure_all(args: &BlkArgs, peers: &[Installed], report: &mut Report, stop: &
     let mut progress = Progress::new(repetitions as usize * once);
     let cases = report.cases.clone();
     let load_ms = progress.total() as u64 * (settings.measure_ms + settings.warmup_ms);
-    let mut distance = Distance::new(settings.cpus, Duration::from_millis(load_ms).mul_f64(PATIENCE));
+    let mut kept = Kept::create(args.csv.as_deref(), &report::csv::header())?;
+    let mut distance = Distance::new(settings.cpus, load_ms);
     let mut given_up = HashSet::new();
     // All peers one after another, all cases, and then again: what drifts on the machine meets every peer alike.
     for repetition in 1..=repetitions {
@@ -164,7 +161,8 @@ fn measure_all(args: &BlkArgs, peers: &[Installed], report: &mut Report, stop: &
                 if given_up.contains(&key) {
                     continue;
                 }
-                let result = near(&mut distance, || one(&mut storage, peer, case, &settings, repetition));
+                let result =
+                    distance.near(|| one(&mut storage, peer, case, &settings, repetition), Outcome::hop_ns);
                 if stop.load(Ordering::Relaxed) {
                     progress.clear();
                     return Ok(());
@@ -173,7 +171,9 @@ fn measure_all(args: &BlkArgs, peers: &[Installed], report: &mut Report, stop: &
                     Ok(Outcome::Measured(figures)) => {
                         progress.end(&what, &text::one_line(&figures));
                         let (case, peer) = key;
-                        report.rows.push(Row { case, peer, repetition, figures });
+                        let row = Row { case, peer, repetition, figures };
+                        kept.add(|| report::csv::line(&row))?;
+                        report.rows.push(row);
                     }
                     Ok(Outcome::Skipped(reason)) => {
                         progress.end(&what, &format!("skipped: {reason}"));
@@ -196,24 +196,6 @@ fn measure_all(args: &BlkArgs, peers: &[Installed], report: &mut Report, stop: &
     Ok(())
 }
 
-/// Measures while the CPUs are as near to each other as they were before, if that can be had.
-fn near(distance: &mut Distance, mut measure: impl FnMut() -> Result<Outcome>) -> Result<Outcome> {
-    let mut tries = TRIES;
-    loop {
-        tries -= 1;
-        let before = distance.settle();
-        let mut outcome = measure()?;
-        if let Outcome::Measured(figures) = &mut outcome {
-            figures.hop_ns = before.zip(distance.look()).map(|(before, after)| before.max(after));
-            let moved = figures.hop_ns.is_some_and(|ns| !distance.is_nearest(ns));
-            if moved && tries > 0 && distance.is_patient() {
-                continue;
-            }
-        }
-        return Ok(outcome);
-    }
-}
-
 fn one(
     storage: &mut Storage,
     peer: &Installed,
@@ -231,10 +213,6 @@ fn one(
 }
 
 fn write(args: &BlkArgs, report: &Report) -> Result<()> {
-    if let Some(path) = &args.csv {
-        let text = report::csv::rows(&report.rows);
-        std::fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))?;
-    }
     if let Some(path) = &args.svg {
         let text = report::svg::draw(report);
         std::fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))?;

@@ -4,7 +4,7 @@
 #[path = "../../vmm/tests/tiny/mod.rs"]
 mod tiny;
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -14,18 +14,6 @@ use rustix::pty::{OpenptFlags, ioctl_tiocgptpeer, openpt, unlockpt};
 use rustix::termios::{LocalModes, OptionalActions, tcgetattr, tcsetattr};
 use tempfile::NamedTempFile;
 use tiny::Program;
-
-/// Notes why a test cannot run here; true if so.
-fn skipped(test: &str) -> bool {
-    let Err(error) = OpenOptions::new().read(true).write(true).open("/dev/kvm") else { return false };
-    let line = format!("skipped: console::{test}: no /dev/kvm: {error}");
-    println!("{line}");
-    if let Some(path) = std::env::var_os("EXITLESS_SKIPS") {
-        let mut file = OpenOptions::new().append(true).create(true).open(path).unwrap();
-        writeln!(file, "{line}").unwrap();
-    }
-    true
-}
 
 /// A terminal: the end at which somebody types, and the end that programs have.
 struct Terminal {
@@ -94,7 +82,7 @@ impl Machine {
 
 #[test]
 fn keys_reach_the_guest_as_they_are_and_the_way_out_is_told() {
-    if skipped("keys_reach_the_guest_as_they_are_and_the_way_out_is_told") {
+    if !needs::kvm() {
         return;
     }
     let mut terminal = Terminal::new();
@@ -114,7 +102,7 @@ fn keys_reach_the_guest_as_they_are_and_the_way_out_is_told() {
 
 #[test]
 fn the_way_out_is_open_however_little_the_guest_reads() {
-    if skipped("the_way_out_is_open_however_little_the_guest_reads") {
+    if !needs::kvm() {
         return;
     }
     let mut terminal = Terminal::new();
@@ -131,7 +119,7 @@ fn the_way_out_is_open_however_little_the_guest_reads() {
 
 #[test]
 fn signals_and_failures_give_the_terminal_back() {
-    if skipped("signals_and_failures_give_the_terminal_back") {
+    if !needs::kvm() {
         return;
     }
     let terminal = Terminal::new();
@@ -154,7 +142,7 @@ fn signals_and_failures_give_the_terminal_back() {
 
 #[test]
 fn what_comes_from_a_pipe_knows_no_escapes_and_loses_nothing() {
-    if skipped("what_comes_from_a_pipe_knows_no_escapes_and_loses_nothing") {
+    if !needs::kvm() {
         return;
     }
     let program = Program::new().print(">").echo_until(b'q').exit(0);

@@ -4,7 +4,6 @@
 #[path = "../../vmm/tests/tiny/mod.rs"]
 mod tiny;
 
-use std::fs::OpenOptions;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -15,18 +14,6 @@ use rustix::process::{Pid, Signal, kill_process};
 use tiny::Program;
 
 const LONG: Duration = Duration::from_secs(60);
-
-/// Notes why a test cannot run here; true if so.
-fn skipped(test: &str) -> bool {
-    let Err(error) = OpenOptions::new().read(true).write(true).open("/dev/kvm") else { return false };
-    let line = format!("skipped: metrics::{test}: no /dev/kvm: {error}");
-    println!("{line}");
-    if let Some(path) = std::env::var_os("EXITLESS_SKIPS") {
-        let mut file = OpenOptions::new().append(true).create(true).open(path).unwrap();
-        writeln!(file, "{line}").unwrap();
-    }
-    true
-}
 
 /// The program, running; ended when it is dropped.
 struct Exitless {
@@ -91,7 +78,7 @@ fn value(page: &str, sample: &str) -> f64 {
 
 #[test]
 fn a_running_machine_shows_its_counters_and_no_client_keeps_it_from_ending() {
-    if skipped("a_running_machine_shows_its_counters_and_no_client_keeps_it_from_ending") {
+    if !needs::kvm() {
         return;
     }
     let folder = tempfile::tempdir().unwrap();
@@ -140,7 +127,7 @@ fn an_address_that_cannot_be_had_is_refused_before_anything_runs() {
     std::fs::write(&file, "precious").unwrap();
     let file = format!("unix:{}", file.display());
     let mut cases = vec![(["--metrics", "localhost:9100"], 2, "unix:PATH or IP:PORT")];
-    if !skipped("an_address_that_cannot_be_had_is_refused_before_anything_runs") {
+    if needs::kvm() {
         cases.push((["--metrics", &taken], 1, "in use"));
         cases.push((["--metrics", &file], 1, "is not a socket"));
     }

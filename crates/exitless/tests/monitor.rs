@@ -41,21 +41,6 @@ impl Console {
     }
 }
 
-/// Whether machines can be run here; says so if not.
-fn can_run() -> bool {
-    if let Err(error) = vmm::check() {
-        let test = thread::current().name().unwrap_or("monitor").to_owned();
-        let line = format!("skipped: {test}: {error}\n");
-        eprint!("{line}");
-        if let Some(list) = std::env::var_os("EXITLESS_SKIPS") {
-            let mut list = std::fs::OpenOptions::new().create(true).append(true).open(list).unwrap();
-            list.write_all(line.as_bytes()).unwrap();
-        }
-        return false;
-    }
-    true
-}
-
 struct Case {
     cpus: usize,
     queues: u16,
@@ -101,7 +86,7 @@ fn number(result: &Value, name: &str) -> u64 {
 
 #[test]
 fn every_byte_is_right_in_both_formats_and_all_modes() {
-    if !can_run() {
+    if !needs::kvm() {
         return;
     }
     for mode in [Mode::Notify, Mode::Hybrid, Mode::Poll] {
@@ -121,7 +106,7 @@ fn every_byte_is_right_in_both_formats_and_all_modes() {
 
 #[test]
 fn steady_state_has_no_kicks_interrupts_and_exits_of_ours() {
-    if !can_run() {
+    if !needs::kvm() {
         return;
     }
     let case = Case { cpus: 1, queues: 1, mode: Mode::Poll, ..Case::default() };
@@ -137,7 +122,7 @@ fn steady_state_has_no_kicks_interrupts_and_exits_of_ours() {
 
 #[test]
 fn a_guest_that_ignores_suppression_rings_for_nothing_once_its_page_is_mapped() {
-    if !can_run() {
+    if !needs::kvm() {
         return;
     }
     for doorbells in [DoorbellMode::Map, DoorbellMode::Adaptive] {
@@ -156,7 +141,7 @@ fn a_guest_that_ignores_suppression_rings_for_nothing_once_its_page_is_mapped() 
 
 #[test]
 fn doorbells_that_come_and_go_lose_nothing() {
-    if !can_run() {
+    if !needs::kvm() {
         return;
     }
     // Notify sleeps after every burst, so the page is mapped and unmapped around each.
@@ -171,7 +156,7 @@ fn doorbells_that_come_and_go_lose_nothing() {
 
 #[test]
 fn a_machine_is_paused_and_resumed_under_load() {
-    if !can_run() {
+    if !needs::kvm() {
         return;
     }
     let console = Console::default();
@@ -202,7 +187,7 @@ fn a_machine_is_paused_and_resumed_under_load() {
 
 #[test]
 fn a_machine_that_is_stopped_under_load_leaves_nothing_behind() {
-    if !can_run() {
+    if !needs::kvm() {
         return;
     }
     let console = Console::default();

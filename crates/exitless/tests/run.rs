@@ -1,23 +1,9 @@
 //! `exitless run` with the embedded guest, under the real KVM.
 #![allow(clippy::unwrap_used, reason = "a test that cannot be set up has failed")]
 
-use std::fs::OpenOptions;
-use std::io::Write;
 use std::process::{Command, Output, Stdio};
 
 use serde_json::Value;
-
-/// Notes why a test cannot run here; true if so.
-fn skipped(test: &str) -> bool {
-    let Err(error) = OpenOptions::new().read(true).write(true).open("/dev/kvm") else { return false };
-    let line = format!("skipped: run::{test}: no /dev/kvm: {error}");
-    println!("{line}");
-    if let Some(path) = std::env::var_os("EXITLESS_SKIPS") {
-        let mut file = OpenOptions::new().append(true).create(true).open(path).unwrap();
-        writeln!(file, "{line}").unwrap();
-    }
-    true
-}
 
 fn exitless(arguments: &str) -> Output {
     let mut command = Command::new(env!("CARGO_BIN_EXE_exitless"));
@@ -47,7 +33,7 @@ fn verified(arguments: &str) -> Value {
 
 #[test]
 fn data_is_what_was_written_over_every_ring_policy_and_way_of_completion() {
-    if skipped("data_is_what_was_written_over_every_ring_policy_and_way_of_completion") {
+    if !needs::kvm() {
         return;
     }
     for jobs in [1, 2] {
@@ -65,7 +51,7 @@ fn data_is_what_was_written_over_every_ring_policy_and_way_of_completion() {
 
 #[test]
 fn a_polled_job_needs_no_kick_and_no_interrupt() {
-    if skipped("a_polled_job_needs_no_kick_and_no_interrupt") {
+    if !needs::kvm() {
         return;
     }
     let result = verified("--poll poll");
@@ -74,7 +60,7 @@ fn a_polled_job_needs_no_kick_and_no_interrupt() {
 
 #[test]
 fn a_mapped_doorbell_spares_a_driver_that_always_kicks_the_exits() {
-    if skipped("a_mapped_doorbell_spares_a_driver_that_always_kicks_the_exits") {
+    if !needs::kvm() {
         return;
     }
     let mapped = verified("--poll poll --always-kick --doorbell map");
@@ -85,7 +71,7 @@ fn a_mapped_doorbell_spares_a_driver_that_always_kicks_the_exits() {
 
 #[test]
 fn writes_reach_an_image_file() {
-    if skipped("writes_reach_an_image_file") {
+    if !needs::kvm() {
         return;
     }
     let image = tempfile::NamedTempFile::new().unwrap();
@@ -99,7 +85,7 @@ fn writes_reach_an_image_file() {
 
 #[test]
 fn the_tour_shows_every_disk() {
-    if skipped("the_tour_shows_every_disk") {
+    if !needs::kvm() {
         return;
     }
     let output = exitless("");
@@ -111,6 +97,9 @@ fn the_tour_shows_every_disk() {
 
 #[test]
 fn what_cannot_be_run_is_refused_with_the_reason() {
+    if !needs::kvm() {
+        return;
+    }
     for (arguments, reason) in [
         ("--kernel /nowhere/vmlinuz", "/nowhere/vmlinuz"),
         ("--disk file:/nowhere/disk.raw", "/nowhere/disk.raw"),

@@ -1,26 +1,10 @@
 //! `exitless bench vbmq` from end to end, in real virtual machines.
 #![allow(clippy::unwrap_used, reason = "a test that cannot be set up has failed")]
 
-use std::fs::OpenOptions;
-use std::io::Write;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
 const DEADLINE: Duration = Duration::from_secs(120);
-
-/// A test that cannot run here passes and is counted as skipped by whoever reads the file named by `EXITLESS_SKIPS`.
-fn skip(test: &str, reason: &str) {
-    let line = format!("skipped: {test}: {reason}\n");
-    print!("{line}");
-    if let Some(list) = std::env::var_os("EXITLESS_SKIPS") {
-        let mut list = OpenOptions::new().create(true).append(true).open(list).unwrap();
-        list.write_all(line.as_bytes()).unwrap();
-    }
-}
-
-fn has_kvm() -> bool {
-    OpenOptions::new().read(true).write(true).open("/dev/kvm").is_ok()
-}
 
 /// Two rows, as short as a busy machine allows: it may find no time for a request.
 fn measure(csv: &std::path::Path) -> Result<serde_json::Value, String> {
@@ -36,8 +20,8 @@ fn measure(csv: &std::path::Path) -> Result<serde_json::Value, String> {
 
 #[test]
 fn two_rows_are_measured_and_compared() {
-    if !has_kvm() {
-        return skip("two_rows_are_measured_and_compared", "/dev/kvm cannot be used");
+    if !needs::kvm() {
+        return;
     }
     let dir = tempfile::tempdir().unwrap();
     let csv = dir.path().join("rows.csv");

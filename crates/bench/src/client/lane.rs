@@ -1,8 +1,8 @@
 //! One queue: its ring, the slots for its requests, and the hot path that fills and empties them.
 //!
-//! Nothing is allocated after [`Lane::new`]. A slot is a request header (with its indirect table, one cache line
-//! together), a status byte on a cache line of its own, and a buffer. Descriptors are written anew for every request,
-//! as every driver does.
+//! Nothing is allocated after [`Lane::new`]. A slot is a request header with its status byte on one cache line, as in
+//! Linux's driver and in the embedded guest; an indirect table on the next; and a buffer. Descriptors are written anew
+//! for every request, as every driver does.
 
 use std::sync::atomic::Ordering;
 
@@ -20,8 +20,12 @@ const T_OUT: u32 = 1;
 const SECTOR_BYTES: u64 = 512;
 const HEADER_BYTES: u32 = 16;
 const CACHE_LINE_BYTES: usize = 64;
-/// In a slot's front line: the header, then the table of up to three descriptors.
-const TABLE_AT: u64 = 16;
+/// Of a slot: two lines, which processors like to fetch together. The header is followed by the status byte, the
+/// table of up to three descriptors is on the second.
+const SLOT_BYTES: usize = 2 * CACHE_LINE_BYTES;
+const STATUS_AT: usize = HEADER_BYTES as usize;
+const TABLE_AT: u64 = CACHE_LINE_BYTES as u64;
+const TABLE_BYTES: u64 = 48;
 const PAGE_BYTES: u64 = 4096;
 /// What a status byte holds before the device writes it, where that is checked.
 const STATUS_UNWRITTEN: u8 = 0xff;
@@ -43,7 +47,7 @@ impl Shape {
     /// Guest memory that one queue of this shape takes, in bytes.
     pub(crate) fn memory_bytes(&self) -> u64 {
         let ring: usize = DriverRing::layout(self.format, self.ring_size).iter().sum();
-        let slots = u64::from(self.depth) * (2 * CACHE_LINE_BYTES as u64 + u64::from(self.block_bytes));
+        let slots = u64::from(self.depth) * (SLOT_BYTES as u64 + u64::from(self.block_bytes));
         ring as u64 + slots + 4 * PAGE_BYTES
     }
 }
@@ -56,8 +60,6 @@ pub(crate) struct Lane {
     shape: Shape,
     front: Area,
     front_addr: GuestAddr,
-    status: Area,
-    status_addr: GuestAddr,
     data_addr: GuestAddr,
     tables: Box<[Area]>,
     /// The slot of a chain in flight, by the ring's id for it.
@@ -84,23 +86,20 @@ impl Lane {
         let mut ring = DriverRing::new(&config, guest.memory()).context("the client's ring")?;
         ring.disarm_calls();
         let depth = usize::from(shape.depth);
-        let lines = (depth * CACHE_LINE_BYTES) as u64;
-        let front_addr = guest.alloc(lines, 64);
-        let status_addr = guest.alloc(lines, 64);
+        let front_bytes = (depth * SLOT_BYTES) as u64;
+        let front_addr = guest.alloc(front_bytes, SLOT_BYTES as u64);
         let data_addr = guest.alloc(u64::from(shape.block_bytes) * u64::from(shape.depth), PAGE_BYTES);
         let table = |slot: usize| {
-            let addr = GuestAddr(front_addr.0 + (slot * CACHE_LINE_BYTES) as u64 + TABLE_AT);
-            guest.area(addr, 48)
+            let addr = GuestAddr(front_addr.0 + (slot * SLOT_BYTES) as u64 + TABLE_AT);
+            guest.area(addr, TABLE_BYTES)
         };
         Ok(Self {
             ring,
             config,
             kick: EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK).context("cannot make an eventfd")?,
             shape,
-            front: guest.area(front_addr, lines)?,
+            front: guest.area(front_addr, front_bytes)?,
             front_addr,
-            status: guest.area(status_addr, lines)?,
-            status_addr,
             data_addr,
             tables: (0..depth).map(table).collect::<Result<_>>()?,
             slot_of: vec![0; shape.ring_size.into()].into_boxed_slice(),
@@ -141,16 +140,16 @@ impl Lane {
     /// Queues a request for block number `block`. The server sees it after [`Lane::publish`].
     #[inline(always)]
     pub(crate) fn submit(&mut self, slot: u16, write: bool, block: u64, now_ns: u64) -> Result<()> {
-        let line = usize::from(slot) * CACHE_LINE_BYTES;
+        let at = usize::from(slot) * SLOT_BYTES;
         let kind = if write { T_OUT } else { T_IN };
         let sector = block * (u64::from(self.shape.block_bytes) / SECTOR_BYTES);
-        self.front.u64(line).store(kind.into(), Ordering::Relaxed);
-        self.front.u64(line + 8).store(sector, Ordering::Relaxed);
-        let front = self.front_addr.0 + line as u64;
+        self.front.u64(at).store(kind.into(), Ordering::Relaxed);
+        self.front.u64(at + 8).store(sector, Ordering::Relaxed);
+        let front = self.front_addr.0 + at as u64;
         let chain = [
             Buffer { addr: GuestAddr(front), len: HEADER_BYTES, writable: false },
             Buffer { addr: self.data(slot), len: self.shape.block_bytes, writable: !write },
-            Buffer { addr: GuestAddr(self.status_addr.0 + line as u64), len: 1, writable: true },
+            Buffer { addr: GuestAddr(front + STATUS_AT as u64), len: 1, writable: true },
         ];
         let id = if self.shape.indirect {
             let table = &self.tables[usize::from(slot)];
@@ -182,12 +181,12 @@ impl Lane {
         while count < slots.len() {
             let Some(completion) = self.ring.reap().context("the server broke the ring")? else { break };
             let slot = self.slot_of[usize::from(completion.id)];
-            self.status.prefetch(usize::from(slot) * CACHE_LINE_BYTES);
+            self.front.prefetch(usize::from(slot) * SLOT_BYTES);
             slots[count] = slot;
             count += 1;
         }
         for &slot in &slots[..count] {
-            let status = self.status.u8(usize::from(slot) * CACHE_LINE_BYTES).load(Ordering::Relaxed);
+            let status = self.front.u8(usize::from(slot) * SLOT_BYTES + STATUS_AT).load(Ordering::Relaxed);
             ensure!(status == 0, "a request ended with status {status}: it must be 0");
         }
         Ok(count)
@@ -196,7 +195,7 @@ impl Lane {
     /// Makes a server that forgets the status byte noticed. The measured loop does without: it costs a cache line
     /// transfer that no driver pays.
     pub(crate) fn clear_status(&mut self, slot: u16) {
-        self.status.u8(usize::from(slot) * CACHE_LINE_BYTES).store(STATUS_UNWRITTEN, Ordering::Relaxed);
+        self.front.u8(usize::from(slot) * SLOT_BYTES + STATUS_AT).store(STATUS_UNWRITTEN, Ordering::Relaxed);
     }
 
     /// Asks for a call; true if there is something to reap already.

@@ -1,4 +1,3 @@
-use std::io::Write;
 use std::time::Instant;
 
 use super::*;
@@ -48,16 +47,6 @@ fn measured(installed: &Installed, case: &Case) -> Measurement {
     }
 }
 
-/// A test that cannot run here passes and is counted as skipped by whoever reads the file named by `EXITLESS_SKIPS`.
-fn skip(test: &str, reason: &str) {
-    let line = format!("skipped: {test}: {reason}\n");
-    print!("{line}");
-    if let Some(list) = std::env::var_os("EXITLESS_SKIPS") {
-        let mut list = std::fs::OpenOptions::new().create(true).append(true).open(list).unwrap();
-        list.write_all(line.as_bytes()).unwrap();
-    }
-}
-
 #[test]
 fn the_bare_server_answers_every_kind_of_ring_and_client() {
     let matrix = "backend = \"null\"\nop = [\"randread\", \"write\"]\nring = [\"split\", \"packed\"]\n\
@@ -104,7 +93,7 @@ fn a_real_server_is_driven_and_its_data_verified() {
     let daemon = peers.iter().find(|peer| peer.name == "qemu-storage-daemon").unwrap();
     let daemon = match daemon.detect() {
         Ok(daemon) => daemon,
-        Err(reason) => return skip("a_real_server_is_driven_and_its_data_verified", &reason),
+        Err(reason) => return needs::skip(reason),
     };
     for case in cases(
         "backend = \"tmpfs\"\nop = [\"randread\", \"write\"]\nqueues = [1, 2]\nclient = [\"polled\", \"event\"]\ndepth = 8",
@@ -127,12 +116,12 @@ fn fio_on_the_same_file_is_read() {
     let peers = peer::parse(&data::peers(None).unwrap()).unwrap();
     let fio = match peers.iter().find(|peer| peer.kind == PeerKind::Fio).unwrap().detect() {
         Ok(fio) => fio,
-        Err(reason) => return skip("fio_on_the_same_file_is_read", &reason),
+        Err(reason) => return needs::skip(reason),
     };
     match run(&fio, &cases("backend = \"tmpfs\"\nop = \"randread\"\ndepth = 4")[0]) {
         Ok(Outcome::Measured(figures)) => assert!(figures.requests > 0 && figures.p50_us.is_some()),
         Ok(Outcome::Skipped(reason)) => panic!("skipped: {reason}"),
         // A container may forbid io_uring.
-        Err(error) => skip("fio_on_the_same_file_is_read", &format!("{error:#}").replace('\n', " ")),
+        Err(error) => needs::skip(format!("{error:#}").replace('\n', " ")),
     }
 }

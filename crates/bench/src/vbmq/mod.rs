@@ -16,7 +16,6 @@ mod runner;
 
 use std::collections::HashSet;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use reactor::Machine;
@@ -26,6 +25,7 @@ use crate::backend::{BackendKind, Storage};
 use crate::hop::{self, Distance};
 use crate::pattern;
 use crate::progress::Progress;
+use crate::report::kept::Kept;
 use crate::report::text::{microseconds, rate};
 use crate::report::{machine, today};
 use crate::signals;
@@ -40,11 +40,6 @@ struct Pace {
     repetitions: u32,
     measure_ms: u64,
 }
-
-/// How often a repetition is made during which the CPUs were moved apart.
-const TRIES: u32 = 3;
-/// How much of a run may pass with waiting for CPUs that are near each other, as a share of the load's duration.
-const PATIENCE: f64 = 0.3;
 
 const FULL: Pace = Pace { repetitions: 3, measure_ms: 1000 };
 const QUICK: Pace = Pace { repetitions: 1, measure_ms: 300 };
@@ -67,12 +62,18 @@ pub(crate) fn run(args: &VbmqArgs) -> Result<()> {
     let storage = Storage::new(args.dir.as_deref(), args.quick);
     let mut runner = Runner::new(&rows, places, storage, measure_ms, &stop);
     let mut report = describe(&runner, &conditions, repetitions);
+    let mut kept = Kept::create(args.csv.as_deref(), report::csv::HEADER)?;
     let mut samples = Vec::new();
-    let outcome = measure_all(&mut runner, &conditions, repetitions, &mut report, &mut samples, &stop);
+    let mut keep = |sample: Sample| {
+        kept.add(|| report::csv::line(&sample))?;
+        samples.push(sample);
+        anyhow::Ok(())
+    };
+    let outcome = measure_all(&mut runner, &conditions, repetitions, &mut report, &mut keep, &stop);
     report.rows = Report::lines(&samples);
     remark_distance(&mut report, &samples);
     report.predictions = predict::predict(&report.rows, runner.places.len());
-    write(args, &report, &samples)?;
+    write(args, &report)?;
     outcome?;
     ensure!(!stop.load(Ordering::Relaxed), "interrupted after {} measurements", samples.len());
     match report.failed.len() {
@@ -164,7 +165,7 @@ fn measure_all(
     conditions: &[Condition],
     repetitions: u32,
     report: &mut Report,
-    samples: &mut Vec<Sample>,
+    keep: &mut dyn FnMut(Sample) -> Result<()>,
     stop: &AtomicBool,
 ) -> Result<()> {
     let mut here = Vec::new();
@@ -176,10 +177,15 @@ fn measure_all(
             }
         }
     }
+    if here.is_empty() {
+        let mut reasons: Vec<_> = report.skipped.iter().map(|missing| missing.reason.as_str()).collect();
+        reasons.dedup();
+        bail!("none of the rows can be measured here: {}", reasons.join("; "));
+    }
     let mut progress = Progress::new(repetitions as usize * conditions.len() * here.len());
     let mut given_up = HashSet::new();
     let load_ms = progress.total() as u64 * runner.measure_ms;
-    let mut distance = Distance::new(runner.cpus(), Duration::from_millis(load_ms).mul_f64(PATIENCE));
+    let mut distance = Distance::new(runner.cpus(), load_ms);
     for repetition in 1..=repetitions {
         for condition in conditions {
             for row in &here {
@@ -189,7 +195,7 @@ fn measure_all(
                 if given_up.contains(&key) {
                     continue;
                 }
-                let ran = near(&mut distance, || runner.run(row, condition));
+                let ran = distance.near(|| runner.run(row, condition), Ran::hop_ns);
                 if stop.load(Ordering::Relaxed) {
                     progress.clear();
                     return Ok(());
@@ -200,7 +206,7 @@ fn measure_all(
                     Ok(Ran::Measured(figures)) => {
                         let (iops, p50) = (rate(figures.iops), microseconds(figures.p50_us));
                         progress.end(&what, &format!("{iops} IOPS, p50 {p50} µs"));
-                        samples.push(Sample { row: row.name.clone(), condition: *condition, figures });
+                        keep(Sample { row: row.name.clone(), condition: *condition, figures })?;
                     }
                     Ok(Ran::Skipped(reason)) => {
                         progress.end(&what, &format!("skipped: {reason}"));
@@ -220,24 +226,6 @@ fn measure_all(
     Ok(())
 }
 
-/// Measures while the CPUs are as near to each other as they were before, if that can be had.
-fn near(distance: &mut Distance, mut run: impl FnMut() -> Result<Ran>) -> Result<Ran> {
-    let mut tries = TRIES;
-    loop {
-        tries -= 1;
-        let before = distance.settle();
-        let mut ran = run()?;
-        if let Ran::Measured(figures) = &mut ran {
-            figures.hop_ns = before.zip(distance.look()).map(|(before, after)| before.max(after));
-            let moved = figures.hop_ns.is_some_and(|ns| !distance.is_nearest(ns));
-            if moved && tries > 0 && distance.is_patient() {
-                continue;
-            }
-        }
-        return Ok(ran);
-    }
-}
-
 /// Says at which distance of the CPUs the figures were measured, where it is known.
 fn remark_distance(report: &mut Report, samples: &[Sample]) {
     let Some(nearest) = report::nearest_ns(samples) else { return };
@@ -254,15 +242,10 @@ fn remark_distance(report: &mut Report, samples: &[Sample]) {
     }
 }
 
-fn write(args: &VbmqArgs, report: &Report, samples: &[Sample]) -> Result<()> {
-    let save = |path: &std::path::Path, text: String| {
-        std::fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))
-    };
-    if let Some(path) = &args.csv {
-        save(path, report::csv::rows(samples))?;
-    }
+fn write(args: &VbmqArgs, report: &Report) -> Result<()> {
     if let Some(path) = &args.svg {
-        save(path, report::svg::draw(report))?;
+        let text = report::svg::draw(report);
+        std::fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))?;
     }
     if args.json {
         println!("{}", serde_json::to_string_pretty(report).context("the report as JSON")?);

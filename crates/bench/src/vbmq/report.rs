@@ -117,13 +117,22 @@ impl Report {
         let ratios = self.groups().into_iter().flat_map(|group| {
             let other = group.iter().find(|line| line.row == other);
             let ours = group.iter().filter(|line| line.row.len() == 1 && line.row != BASELINE);
-            ours.filter_map(move |line| Some(Best { ratio: line.iops / other?.iops, line }))
+            ours.filter_map(move |line| {
+                let other = other.filter(|other| line.is_as_near_as(other))?;
+                Some(Best { ratio: line.iops / other.iops, line })
+            })
         });
         ratios.max_by(|a, b| a.ratio.total_cmp(&b.ratio))
     }
 }
 
 impl Line {
+    /// Whether both were measured with the CPUs at one distance: ratios of others say nothing.
+    fn is_as_near_as(&self, other: &Self) -> bool {
+        let Some((ours, theirs)) = self.hop_ns.zip(other.hop_ns) else { return true };
+        hop::is_near(ours, theirs) && hop::is_near(theirs, ours)
+    }
+
     pub(crate) fn condition(&self) -> String {
         let jobs = if self.jobs == 1 { "1 job".to_owned() } else { format!("{} jobs", self.jobs) };
         format!("{}, {}, {} in flight, {jobs}", self.backend, self.rw, self.qd)
@@ -167,13 +176,18 @@ fn line(row: &str, condition: &Condition, samples: &[Sample]) -> Option<Line> {
 
 /// Fills in the ratios of the lines of one condition.
 fn compare(lines: &mut [Line]) {
-    let find = |name: &str| lines.iter().find(|line| line.row == name).map(|line| (line.iops, line.p50_us));
+    let find = |name: &str| lines.iter().find(|line| line.row == name && line.iops > 0.0).cloned();
     let (baseline, bare) = (find(BASELINE), find(BARE_METAL));
     for line in lines {
-        let over = |other: Option<f64>| other.filter(|&rate| rate > 0.0).map(|rate| line.iops / rate);
-        line.ratio_to_baseline = over(baseline.map(|(iops, _)| iops));
-        line.ratio_to_bare_metal = over(bare.map(|(iops, _)| iops));
-        line.p50_ratio_to_bare_metal = bare.filter(|_| line.p50_us > 0.0).map(|(_, p50)| p50 / line.p50_us);
+        let comparable = |other: &&Line| line.is_as_near_as(other);
+        let over = |other: Option<&Line>| other.filter(comparable).map(|other| line.iops / other.iops);
+        let ratio_to_baseline = over(baseline.as_ref());
+        let ratio_to_bare_metal = over(bare.as_ref());
+        let p50 = bare.as_ref().filter(comparable).filter(|_| line.p50_us > 0.0);
+        let p50_ratio_to_bare_metal = p50.map(|bare| bare.p50_us / line.p50_us);
+        line.ratio_to_baseline = ratio_to_baseline;
+        line.ratio_to_bare_metal = ratio_to_bare_metal;
+        line.p50_ratio_to_bare_metal = p50_ratio_to_bare_metal;
     }
 }
 

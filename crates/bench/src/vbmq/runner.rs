@@ -1,5 +1,6 @@
 //! Runs one row once: starts what the row says, waits for its result, ends it.
 
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::atomic::AtomicBool;
@@ -22,6 +23,8 @@ use crate::server::process::Process;
 const MEMORY_BYTES: u64 = 16 << 20;
 /// Requests of three descriptors that a ring of 1024, the largest that the guest takes, can hold.
 const DIRECT_MAX: u16 = 1024 / 3;
+/// What virtual machines need.
+const KVM: &str = "/dev/kvm";
 /// Beyond the measurement itself: booting, and verifying with a request at a time where each costs exits.
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -30,6 +33,16 @@ pub(crate) enum Ran {
     Measured(Figures),
     /// The row cannot do it, and why.
     Skipped(String),
+}
+
+impl Ran {
+    /// Where it says how far apart the CPUs were.
+    pub(crate) fn hop_ns(&mut self) -> Option<&mut Option<f64>> {
+        match self {
+            Self::Measured(figures) => Some(&mut figures.hop_ns),
+            Self::Skipped(_) => None,
+        }
+    }
 }
 
 /// Everything that rows need.
@@ -56,6 +69,11 @@ impl<'a> Runner<'a> {
 
     /// Why `row` cannot be run on this machine at all.
     pub(crate) fn obstacle(&self, row: &Row) -> Option<String> {
+        if row.kind != RowKind::BareMetal
+            && let Err(error) = File::options().read(true).write(true).open(KVM)
+        {
+            return Some(format!("cannot open {KVM}: {error}"));
+        }
         if row.kind == RowKind::Qemu {
             let Some(program) = self.rows.qemu.first() else { return Some("there is no command".into()) };
             let list =

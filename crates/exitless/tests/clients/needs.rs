@@ -1,13 +1,10 @@
-//! What a test needs from the machine, and how a test that cannot have it is skipped and counted.
-//!
-//! libtest knows no "skipped at run time", so such a test passes for the runner. To keep the count honest it also
-//! prints `skipped: test: reason` and appends that line to the file named by `EXITLESS_SKIPS`, which `./test` subtracts
-//! from the number of passed tests.
+//! What tests with guests need from the machine, and whose turn it is.
 
 use std::env;
-use std::fs::{File, OpenOptions};
-use std::io::Write;
+use std::fs::File;
 use std::path::{Path, PathBuf};
+
+pub(crate) use ::needs::skip;
 
 use crate::{kernel, service};
 
@@ -36,7 +33,7 @@ pub(crate) fn cache_dir() -> &'static Path {
 /// Waits for this test's turn to run guests, or returns `None` after recording why it is skipped.
 pub(crate) fn turn(needs: &[Need]) -> Option<Turn> {
     if let Some(reason) = missing(needs) {
-        record(&test_name(), &reason);
+        skip(reason);
         return None;
     }
     let lock = File::create(cache_dir().join("guests.lock")).expect("create the lock that guests queue at");
@@ -49,11 +46,6 @@ pub(crate) fn program(name: &str) -> Option<PathBuf> {
     let path = env::var_os("PATH").unwrap_or_default();
     let admin = ["/usr/local/sbin", "/usr/sbin", "/sbin"].map(PathBuf::from);
     env::split_paths(&path).chain(admin).map(|dir| dir.join(name)).find(|file| file.is_file())
-}
-
-/// Records that the running test passes by default for `reason`.
-pub(crate) fn skip(reason: &str) {
-    record(&test_name(), reason);
 }
 
 fn missing(needs: &[Need]) -> Option<String> {
@@ -69,22 +61,4 @@ fn missing(needs: &[Need]) -> Option<String> {
     let linux = needs.iter().any(|need| matches!(need, Need::PcKernel | Need::UmlKernel));
     let busybox = || (linux && program("busybox").is_none()).then(|| "no busybox installed".into());
     unmet.or_else(busybox).or_else(service::missing)
-}
-
-fn record(test: &str, reason: &str) {
-    let line = format!("skipped: {test}: {reason}");
-    println!("{line}");
-    if let Some(list) = env::var_os("EXITLESS_SKIPS") {
-        let mut list = OpenOptions::new().create(true).append(true).open(list).expect("open EXITLESS_SKIPS");
-        list.write_all(format!("{line}\n").as_bytes()).expect("append to EXITLESS_SKIPS");
-    }
-}
-
-/// libtest names the thread of a test after it, unless it runs tests one at a time on the main thread.
-fn test_name() -> String {
-    let thread = std::thread::current();
-    match thread.name() {
-        Some(name) if name != "main" => name.to_owned(),
-        _ => env::args().skip(1).find(|arg| !arg.starts_with('-')).unwrap_or_else(|| "clients".into()),
-    }
 }

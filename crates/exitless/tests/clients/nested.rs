@@ -22,7 +22,7 @@ const CONSOLE: [&str; 7] =
 #[test]
 fn linux_makes_a_file_system_on_a_disk_of_the_monitor() {
     if env::var_os("EXITLESS_FULL").is_none() {
-        return needs::skip(&format!("a minute of nested emulation, for full runs; {}", last_passed()));
+        return needs::skip(format!("a minute of nested emulation, for full runs; {}", last_passed()));
     }
     let program = Path::new(env!("CARGO_BIN_EXE_exitless"));
     let programs = PROGRAMS.map(Need::Program);

@@ -14,6 +14,8 @@ const fn room(folder: &'static str, name: &'static str, may_know: &'static [&'st
     Room { folder, name, may_know }
 }
 
+/// What tests need from a machine: for the tests of all crates, and nothing else.
+const FOR_TESTS: &str = "needs";
 /// Devices and transports, layer 2, do not know each other.
 const BELOW_DEVICES: &[&str] = &["reactor", "virtio"];
 const ROOMS: &[Room] = &[
@@ -27,6 +29,7 @@ const ROOMS: &[Room] = &[
     room("vmm", "vmm", BELOW_DEVICES),
     room("guest", "exitless_guest", &["virtio"]),
     room("bench", "bench", BELOW_DEVICES),
+    room(FOR_TESTS, FOR_TESTS, &[]),
     room(
         "exitless",
         "exitless",
@@ -49,7 +52,7 @@ fn find(folder: &str) -> Result<&'static Room, Finding> {
 /// Whether `room` may know the crate that sources call `name`. Crates that are not ours are anybody's.
 fn may_know(room: &Room, name: &str) -> bool {
     let ours = ROOMS.iter().any(|other| other.name == name);
-    !ours || room.name == name || room.may_know.contains(&name)
+    !ours || room.name == name || name == FOR_TESTS || room.may_know.contains(&name)
 }
 
 /// Dependencies of any kind on crates of the same or a higher layer.
@@ -67,6 +70,8 @@ pub(crate) fn of_manifest(folder: &str, manifest: &toml::Table) -> Vec<Finding> 
         .flat_map(toml::Table::keys);
     let names = |key: &str| [key, key.trim_start_matches("exitless-")].map(|name| name.replace('-', "_"));
     let wrong = dependencies.filter(|key| !names(key).iter().all(|name| may_know(room, name)));
+    let shipped = manifest.get("dependencies").and_then(|table| table.as_table()?.get(FOR_TESTS));
+    let wrong = wrong.map(String::as_str).chain(shipped.map(|_| FOR_TESTS));
     wrong.map(|key| format!("crates/{folder}/Cargo.toml: {folder} must not know {key}")).collect()
 }
 
@@ -140,6 +145,9 @@ fn a_manifest_that_knows_too_much_is_found() {
         manifest("[dev-dependencies]\nexitless-virtio = { path = '.' }\n[dependencies]\nreactor = '1'");
     assert!(of_manifest("virtio", &itself).is_empty());
     assert_eq!(of_manifest("sound", &itself).len(), 1, "a crate without a layer");
+    assert!(of_manifest("blk", &manifest("[dev-dependencies]\nneeds.workspace = true")).is_empty());
+    let shipped = manifest("[dependencies]\nneeds.workspace = true");
+    assert_eq!(of_manifest("blk", &shipped), ["crates/blk/Cargo.toml: blk must not know needs"]);
     assert_eq!(lints("blk", &sideways).len(), 1);
     assert!(lints("blk", &manifest("[lints]\nworkspace = true")).is_empty());
 }

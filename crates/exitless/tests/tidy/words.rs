@@ -11,8 +11,8 @@ const MARKS: &[&str] = &["TODO", "FIXME", "XXX", "HACK"];
 const UNFINISHED: &[&str] = &["todo!", "unimplemented!", "dbg!"];
 /// Macros that take the terminal from whoever uses a library.
 const PRINTING: &[&str] = &["println!", "eprintln!", "print!", "eprint!"];
-/// Crates that belong to the terminal: the program, and what it measures with.
-const PROGRAMS: &[&str] = &["exitless", "bench"];
+/// Crates that belong to the terminal: the program, what it measures with, and what tells a tester what is missing.
+const PROGRAMS: &[&str] = &["exitless", "bench", "needs"];
 /// Names that say nothing about what is in a module.
 const EMPTY_NAMES: &[&str] =
     &["util", "utils", "helper", "helpers", "common", "manager", "misc", "base", "core"];
