@@ -6,12 +6,15 @@ mod guest;
 mod options;
 mod progress;
 mod report;
+mod silence;
+#[cfg(test)]
+mod tests;
 
 use std::num::NonZeroU16;
 use std::sync::Arc;
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow};
 use blk::Blk;
@@ -28,9 +31,12 @@ use disk::DiskOption;
 use guest::{JobResult, Line};
 use progress::Progress;
 use report::{Measured, Report};
+use silence::{PATIENCE, Silence, Verdict};
 
 /// How often the progress line changes.
 const PROGRESS: Duration = Duration::from_millis(500);
+/// How long the I/O threads may take to complete what is in flight at the end.
+const DRAIN_MAX: Duration = Duration::from_secs(30);
 
 /// Runs the machine until its guest ends it, or somebody else does, and prints what was measured.
 pub(crate) fn run(options: &RunOptions) -> Result<(), Failure> {
@@ -68,13 +74,39 @@ pub(crate) fn run(options: &RunOptions) -> Result<(), Failure> {
         console::type_from_stdin(&machine)?;
     }
 
-    let mut report = follow(&machine, &said, options);
+    let job = Duration::from_millis(options.job.seconds.0.get().into());
+    let silence = options.kernel.is_none().then(|| Silence::new(job, PATIENCE));
+    let (mut report, ended) = follow(&machine, &said, options, silence);
+    if !ended {
+        // Its threads end with this process.
+        crate::print(report.text(options.json).as_bytes())?;
+        return verdict(Outcome::Stopped, &report);
+    }
     let outcome = runner.join().map_err(|_| anyhow!("the machine's thread panicked"))?;
     let outcome = outcome.context("the machine cannot go on")?;
     report.end(outcome, machine.snapshot());
     crate::print(report.text(options.json).as_bytes())?;
-    pool.stop().context("cannot stop the I/O threads")?;
-    verdict(outcome, &report)
+    let finished = finish(machine, pool);
+    verdict(outcome, &report)?;
+    finished
+}
+
+/// Waits until everything in flight is done, but not for storage that does not answer.
+fn finish(machine: Arc<Machine>, pool: Arc<Pool>) -> Result<(), Failure> {
+    let (tell, told) = mpsc::channel();
+    let finish = move || {
+        let stopped = pool.stop();
+        drop(machine);
+        let _ = tell.send(stopped);
+    };
+    thread::Builder::new().name("finish".into()).spawn(finish).context("cannot start a thread")?;
+    match told.recv_timeout(DRAIN_MAX) {
+        Ok(stopped) => Ok(stopped.context("cannot stop the I/O threads")?),
+        Err(_) => Err(Failure::Runtime(anyhow!(
+            "not drained within {} s, so what is in flight is left to the storage",
+            DRAIN_MAX.as_secs()
+        ))),
+    }
 }
 
 /// The machine with its disks, ready to run.
@@ -83,6 +115,11 @@ fn build(options: &RunOptions, pool: &Arc<Pool>, tell: mpsc::Sender<Said>) -> Re
     for (index, disk) in disks_of(options)?.into_iter().enumerate() {
         disks.push(PciDevice::new(Arc::new(disk), format!("disk{index}"), options.poll));
     }
+    let machine = Machine::new(config(options, tell), disks, pool.clone());
+    machine.context("cannot build the machine").map_err(Failure::Usage)
+}
+
+fn config(options: &RunOptions, tell: mpsc::Sender<Said>) -> Config {
     let mut config = match &options.kernel {
         Some(kernel) => Config::new(Kernel::Path(kernel.clone()), console::sink(options.json)),
         None => Config::new(Kernel::Embedded(crate::guest::ELF), Box::new(console::Lines::new(tell))),
@@ -98,7 +135,7 @@ fn build(options: &RunOptions, pool: &Arc<Pool>, tell: mpsc::Sender<Said>) -> Re
     let pins = options.vcpu_cpus.as_ref().map_or(&[][..], |cpus| cpus.as_slice());
     config.pin = pins.iter().copied().cycle().take(config.cpus).collect();
     config.doorbells = options.doorbell;
-    Machine::new(config, disks, pool.clone()).context("cannot build the machine").map_err(Failure::Usage)
+    config
 }
 
 /// The disks asked for; for the embedded guest's tour, those that need no file if there are none.
@@ -132,21 +169,42 @@ enum Said {
     Ended,
 }
 
-/// Collects what the embedded guest says, each result with what the machine counted meanwhile.
-fn follow(machine: &Machine, said: &mpsc::Receiver<Said>, options: &RunOptions) -> Report {
+/// Collects what the embedded guest says, each result with what the machine counted meanwhile, until the machine has
+/// ended; false if it does not.
+fn follow(
+    machine: &Machine,
+    said: &mpsc::Receiver<Said>,
+    options: &RunOptions,
+    mut silence: Option<Silence>,
+) -> (Report, bool) {
     let mut report = Report::new(options);
     let mut progress = Progress::new();
-    loop {
-        match said.recv_timeout(PROGRESS) {
+    let ended = loop {
+        let event = said.recv_timeout(PROGRESS);
+        if let (Some(silence), Ok(_)) = (&mut silence, &event) {
+            silence.heard();
+        }
+        match event {
             Ok(Said::Line(Line::Ready { .. })) => {}
             Ok(Said::Line(Line::Result(result))) => report.results.push(measured(*result, machine)),
             Ok(Said::Line(Line::Error(error))) => report.errors.push(error),
-            Err(RecvTimeoutError::Timeout) => progress.show(&machine.snapshot()),
-            Ok(Said::Ended) | Err(RecvTimeoutError::Disconnected) => break,
+            Err(RecvTimeoutError::Timeout) => {
+                let counted = machine.snapshot();
+                progress.show(&counted);
+                match silence.as_mut().map(|silence| silence.look(counted.requests(), Instant::now())) {
+                    None | Some(Verdict::Wait) => {}
+                    Some(Verdict::Stop(reason)) => {
+                        report.errors.push(reason);
+                        machine.stop();
+                    }
+                    Some(Verdict::Leave) => break false,
+                }
+            }
+            Ok(Said::Ended) | Err(RecvTimeoutError::Disconnected) => break true,
         }
-    }
+    };
     progress.clear();
-    report
+    (report, ended)
 }
 
 fn measured(result: JobResult, machine: &Machine) -> Measured {
@@ -158,6 +216,9 @@ fn verdict(outcome: Outcome, report: &Report) -> Result<(), Failure> {
         return Err(Failure::Runtime(anyhow!("the guest failed: {error}")));
     }
     match outcome {
+        Outcome::Reset if !report.kernel => {
+            Err(Failure::Runtime(anyhow!("the guest failed: a fault that it could not report ended it")))
+        }
         Outcome::PowerOff | Outcome::Exit(0) | Outcome::Stopped | Outcome::Reset => Ok(()),
         Outcome::Exit(status) => Err(Failure::Runtime(anyhow!("the guest ended with status {status}"))),
     }

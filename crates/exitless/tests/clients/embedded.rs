@@ -126,6 +126,7 @@ fn drive(scratch: &Scratch, device: &Device) {
         let bytes = (DISK_MIB << 20).min(jobs * (16 << 20));
         assert_eq!(result["verified_bytes"], bytes, "{}", answer.console);
         assert_eq!(result["errors"], 0, "{}", answer.console);
+        assert_eq!(result["lost_interrupts"], 0, "{}", answer.console);
         assert!(number(result, "requests") > 0.0 && number(result, "p50_us") > 0.0, "{}", answer.console);
         assert_eq!(number(result, "interrupts") > 0.0, irq == 1, "{}", answer.console);
     }
@@ -165,11 +166,13 @@ fn the_embedded_guest_tours_measures_events_and_measures_itself() {
     let seen: Vec<_> = tour.results().iter().map(|r| (r["ring"].clone(), r["irq"].clone())).collect();
     let expected = [("split", 0), ("split", 1), ("packed", 0), ("packed", 1)];
     assert_eq!(seen, expected.map(|(ring, irq)| (ring.into(), irq.into())));
+    assert!(tour.results().iter().all(|result| result["lost_interrupts"] == 0), "{}", tour.console);
 
     let events = boot(&scratch, "job=events ms=100 kick=always", &device);
     for name in ["asleep_rounds", "awake_rounds", "asleep_p50_us", "awake_p50_us"] {
         assert!(number(events.results()[0], name) > 0.0, "{name}\n{}", events.console);
     }
+    assert_eq!(events.results()[0]["lost_interrupts"], 0, "{}", events.console);
     let ring = boot(&scratch, "job=ring ms=100", &device);
     for name in ["line_rounds", "split_rounds", "packed_rounds", "clock_hz", "service_us", "exit_us"] {
         assert!(number(ring.results()[0], name) > 0.0, "{name}\n{}", ring.console);
