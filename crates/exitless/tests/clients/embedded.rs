@@ -23,6 +23,8 @@ enum Device {
     Qemu(PathBuf),
     /// A disk of QEMU's that forgets what is written to it.
     Forgetful,
+    /// One that takes a minute for a request.
+    Slow,
     /// A disk behind this socket.
     Service(PathBuf),
 }
@@ -70,6 +72,9 @@ fn boot_with(scratch: &Scratch, accelerator: &str, cpu: &str, options: &str, dev
     let (drive, front) = match device {
         Device::Qemu(image) => (format!("file={},format=raw", image.display()), "virtio-blk-pci,drive=disk"),
         Device::Forgetful => ("file=null-co://,format=raw".to_owned(), "virtio-blk-pci,drive=disk"),
+        Device::Slow => {
+            ("driver=null-co,size=1G,latency-ns=60000000000".to_owned(), "virtio-blk-pci,drive=disk")
+        }
         Device::Service(socket) => {
             command.arg("-chardev").arg(format!("socket,id=disk,path={}", socket.display()));
             (String::new(), "vhost-user-blk-pci,chardev=disk")
@@ -193,5 +198,21 @@ fn the_embedded_guest_says_what_went_wrong() {
     ] {
         let answer = boot(&scratch, options, &Device::Forgetful);
         assert!(answer.error().contains(part), "`{options}` ended with: {}", answer.error());
+    }
+}
+
+#[test]
+fn the_embedded_guest_gives_up_a_disk_that_is_silent_with_interrupts_too() {
+    let Some(_turn) = turn() else { return };
+    let scratch = Scratch::new();
+    let options = "job=blk qd=4 ms=50 irq=1";
+    // Both kinds of processors have a timer of their own.
+    let answers = [
+        boot(&scratch, options, &Device::Slow),
+        boot_with(&scratch, "tcg,thread=multi", "max", options, &Device::Slow),
+    ];
+    for answer in answers {
+        let expected = "disk 0: queue 0: 4 requests are in flight and none came back for 10 s";
+        assert_eq!(answer.error(), expected);
     }
 }

@@ -14,6 +14,7 @@ use super::DiskError;
 use crate::machine::clock::Clock;
 use crate::machine::interrupts::Interrupt;
 use crate::machine::patience::{DEVICE_SECONDS, Patience};
+use crate::machine::service::ticks;
 use crate::machine::{Machine, heap};
 use crate::options::SECTOR_BYTES;
 use crate::virtio_pci::Queue;
@@ -33,6 +34,8 @@ const DISARM_AFTER: u32 = 1 << 14;
 /// An interrupt is lost if it has not come so long after a request was seen to have come back. Before that it may be
 /// late: the thread that is about to send it can have been put aside.
 const LATE_MS: u64 = 500;
+/// Nor is it lost before the timer came so often: where time went by and nothing ran, it is late.
+const LATE_WAKES_MIN: u32 = 5;
 /// With more of them than that, a job would last.
 const LOST_MAX: u64 = 16;
 
@@ -263,9 +266,10 @@ impl DiskQueue {
             return Ok(false);
         }
         let Some(interrupt) = &self.interrupt else { return Ok(false) };
-        let patience = Patience::of_ms(self.clock, LATE_MS);
+        let (mut patience, mut wakes) = (Patience::of_ms(self.clock, LATE_MS), 0);
         while interrupt.count() == seen {
-            if patience.is_over() {
+            wakes += 1;
+            if patience.is_over(ticks()) && wakes > LATE_WAKES_MIN {
                 self.lost += 1;
                 let (queue, lost) = (self.queue.index, self.lost);
                 let too_many = DiskError::LostInterrupts { queue, lost, ms: LATE_MS };

@@ -11,6 +11,7 @@ use crate::histogram::Histogram;
 use crate::machine::console::{self, Mark, mark};
 use crate::machine::interrupts::Listening;
 use crate::machine::patience::{PROCESSOR_SECONDS, Patience};
+use crate::machine::service::ticks;
 use crate::machine::smp::SmpError;
 use crate::machine::sync::{Barrier, Spin};
 use crate::machine::{self, Machine, MachineError};
@@ -170,9 +171,9 @@ impl Round<'_> {
         let gives_up = || {
             let pulse = self.pulse.load(Ordering::Relaxed);
             if core::mem::replace(&mut seen, pulse) != pulse {
-                patience.renew();
+                patience.renew(ticks());
             }
-            patience.is_over()
+            patience.is_over(ticks())
         };
         if !self.start.wait(gives_up) {
             machine::fail(&SmpError::Away(ms / 1000));

@@ -89,12 +89,12 @@ impl Trips<'_> {
 
     /// Waits for the interrupt; false if it was lost.
     fn sleep(&mut self, seen: u64) -> Result<bool, DiskError> {
-        let (patience, lost) = (Patience::with_device(self.clock), self.queue.lost_interrupts());
+        let (mut patience, lost) = (Patience::with_device(self.clock), self.queue.lost_interrupts());
         while !self.queue.wait(seen)? {
             if self.queue.lost_interrupts() != lost {
                 return Ok(false);
             }
-            if patience.is_over() {
+            if patience.is_over(ticks()) {
                 return Err(self.queue.stuck(1));
             }
         }

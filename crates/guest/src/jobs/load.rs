@@ -7,7 +7,7 @@ use core::sync::atomic::{AtomicU64, Ordering};
 use crate::disk::{DiskError, DiskQueue, Operation};
 use crate::histogram::Histogram;
 use crate::machine::clock::Clock;
-use crate::machine::patience::DEVICE_SECONDS;
+use crate::machine::patience::Patience;
 use crate::machine::service::ticks;
 use crate::options::{Options, SECTOR_BYTES};
 use crate::pattern::Random;
@@ -83,9 +83,8 @@ impl<'a> Load<'a> {
     /// wait for this job.
     pub(super) fn run(&mut self, end: u64, pulse: &AtomicU64) -> Result<(), DiskError> {
         let sectors = u64::from(self.queue.block_bytes() / SECTOR_BYTES);
-        let patience = self.clock.ticks_of_ms(DEVICE_SECONDS * 1000);
+        let mut patience = Patience::with_device(self.clock);
         let mut now = ticks();
-        let mut progress = now;
         loop {
             if now < end {
                 self.submit(sectors, now);
@@ -96,12 +95,12 @@ impl<'a> Load<'a> {
             }
             if self.reap(end)? {
                 now = ticks();
-                progress = now;
+                patience.renew(now);
                 continue;
             }
             self.queue.idle()?;
             now = ticks();
-            if now - progress > patience {
+            if patience.is_over(now) {
                 return Err(self.queue.stuck(self.submitted.len() - self.free.len()));
             }
         }

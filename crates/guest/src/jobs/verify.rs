@@ -9,6 +9,7 @@ use super::JobError;
 use crate::disk::{DiskError, DiskQueue, Operation};
 use crate::machine::clock::Clock;
 use crate::machine::patience::Patience;
+use crate::machine::service::ticks;
 use crate::options::{Options, SECTOR_BYTES};
 use crate::pattern::{fill, scattered};
 
@@ -77,12 +78,12 @@ impl Verify<'_> {
             }
             let Some((request, fine)) = self.queue.reap().map_err(|error| self.of_disk(error))? else {
                 self.queue.idle().map_err(|error| self.of_disk(error))?;
-                if patience.is_over() {
+                if patience.is_over(ticks()) {
                     return Err(self.of_disk(self.queue.stuck(usize::from(depth) - free.len())));
                 }
                 continue;
             };
-            patience.renew();
+            patience.renew(ticks());
             self.pulse.fetch_add(1, Ordering::Relaxed);
             free.push(request);
             let block = in_flight[usize::from(request)];
