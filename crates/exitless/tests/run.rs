@@ -26,6 +26,7 @@ fn verified(arguments: &str) -> Value {
     assert_eq!(results.len(), 1, "{arguments}");
     let result = results.remove(0);
     assert_eq!(result["errors"], 0, "{arguments}: {result}");
+    assert_eq!(result["lost_interrupts"], 0, "{arguments}: {result}");
     assert!(result["verified_bytes"].as_u64().unwrap() > 0, "{arguments}: {result}");
     assert!(result["requests"].as_u64().unwrap() > 0, "{arguments}: {result}");
     result

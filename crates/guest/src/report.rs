@@ -52,6 +52,8 @@ pub struct Load<'a> {
     pub kicks: u64,
     /// Interrupts by it.
     pub interrupts: u64,
+    /// Interrupts that did not come.
+    pub lost_interrupts: u64,
     /// Requests that failed.
     pub errors: u64,
     /// Bytes that were written and read back before.
@@ -73,6 +75,7 @@ impl Display for Load<'_> {
         object.decimal("iops", iops)?.decimal("bytes_per_s", iops * f64::from(o.block_bytes))?;
         object.decimal("p50_us", us(500))?.decimal("p99_us", us(990))?.decimal("p999_us", us(999))?;
         object.number("kicks", self.kicks)?.number("interrupts", self.interrupts)?;
+        object.number("lost_interrupts", self.lost_interrupts)?;
         object.number("errors", self.errors)?.number("verified_bytes", self.verified_bytes)?;
         object.end()
     }
@@ -177,10 +180,11 @@ mod tests {
             requests: 10,
             kicks: 3,
             interrupts: 2,
+            lost_interrupts: 0,
             errors: 1,
             verified_bytes: 4096,
         };
-        let expected = r#"{"result":{"job":"blk","id":"a\"b","disk":0,"jobs":1,"qd":4,"bs":4096,"rw":"randread","ring":"split","irq":0,"seconds":0.500,"requests":10,"iops":20.000,"bytes_per_s":81920.000,"p50_us":1.000,"p99_us":1.000,"p999_us":1.000,"kicks":3,"interrupts":2,"errors":1,"verified_bytes":4096}}"#;
+        let expected = r#"{"result":{"job":"blk","id":"a\"b","disk":0,"jobs":1,"qd":4,"bs":4096,"rw":"randread","ring":"split","irq":0,"seconds":0.500,"requests":10,"iops":20.000,"bytes_per_s":81920.000,"p50_us":1.000,"p99_us":1.000,"p999_us":1.000,"kicks":3,"interrupts":2,"lost_interrupts":0,"errors":1,"verified_bytes":4096}}"#;
         assert_eq!(load.to_string(), expected);
         assert!(
             Load { ticks: 0, ..load }.to_string().contains("\"iops\":0.000"),

@@ -7,8 +7,10 @@ use virtio::memory::MemoryError;
 use virtio::ring::DriverRing;
 use virtio::{Memory, RingConfig, RingError, RingFormat};
 
+use crate::machine::clock::Clock;
 use crate::machine::heap;
 use crate::machine::mmio::Window;
+use crate::machine::patience::{DEVICE_SECONDS, Patience};
 use crate::msix::{self, Msix};
 use crate::pci::{self, ConfigSpace, Function, PciError};
 
@@ -46,8 +48,6 @@ const STATUS_DRIVER: u8 = 2;
 const STATUS_DRIVER_OK: u8 = 4;
 const STATUS_FEATURES_OK: u8 = 8;
 const NO_VECTOR: u16 = 0xFFFF;
-/// A device that is not reset after so many looks will not be.
-const RESET_LOOKS_MAX: u32 = 1_000_000;
 
 /// Why a device cannot be driven.
 #[derive(Clone, Copy, Debug, thiserror::Error)]
@@ -60,7 +60,7 @@ pub enum TransportError {
     #[error(transparent)]
     Pci(#[from] PciError),
     /// It does not come out of reset.
-    #[error("the device does not finish its reset")]
+    #[error("the device did not finish its reset within {DEVICE_SECONDS} s")]
     Reset,
     /// It does not do what is needed.
     #[error("the device offers features {offered:#x}, of which {missing:#x} are missing")]
@@ -100,6 +100,7 @@ pub struct Transport {
     /// The configuration space of the device type.
     pub device: Option<Window>,
     msix: Option<Msix>,
+    clock: Clock,
 }
 
 /// What the two sides agree on about rings.
@@ -137,7 +138,7 @@ impl Transport {
     ///
     /// # Errors
     /// See [`TransportError`].
-    pub fn new(function: Function) -> Result<Self, TransportError> {
+    pub fn new(function: Function, clock: Clock) -> Result<Self, TransportError> {
         let capabilities = pci::capabilities(&function);
         let at = |id| capabilities.iter().filter(move |&&(found, _)| found == id).map(|&(_, at)| at);
         let structure = |kind| {
@@ -155,6 +156,7 @@ impl Transport {
             device: structure(KIND_DEVICE).ok().map(window).transpose()?,
             msix: at(msix::CAPABILITY).next().map(|at| Msix::new(&function, at)).transpose()?,
             function,
+            clock,
         };
         pci::turn_on(&transport.function);
         transport.reset()?;
@@ -167,12 +169,12 @@ impl Transport {
     /// It does not react.
     pub fn reset(&self) -> Result<(), TransportError> {
         self.common.write8(common::STATUS, 0);
-        for _ in 0..RESET_LOOKS_MAX {
-            if self.common.read8(common::STATUS) == 0 {
-                return Ok(());
-            }
+        let is_reset = || self.common.read8(common::STATUS) == 0;
+        if Patience::with_device(self.clock).spin_until(is_reset) {
+            Ok(())
+        } else {
+            Err(TransportError::Reset)
         }
-        Err(TransportError::Reset)
     }
 
     /// The features the device offers.

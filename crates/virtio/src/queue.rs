@@ -156,6 +156,12 @@ impl Queue {
         Ok((queue, QueueHandle(shared)))
     }
 
+    /// Puts something between this queue and its driver, for tests that lose calls.
+    #[cfg(feature = "fake")]
+    pub fn wrap_call(&mut self, wrap: impl FnOnce(Arc<dyn Call>) -> Arc<dyn Call>) {
+        self.call = self.call.take().map(wrap);
+    }
+
     /// Which queue of the device this is.
     #[must_use]
     pub fn index(&self) -> u16 {

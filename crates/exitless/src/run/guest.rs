@@ -42,6 +42,7 @@ pub(crate) struct JobResult {
     pub(crate) kicks: u64,
     #[serde(skip_serializing)]
     pub(crate) interrupts: u64,
+    pub(crate) lost_interrupts: u64,
     pub(crate) errors: u64,
     pub(crate) verified_bytes: u64,
 }

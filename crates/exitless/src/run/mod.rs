@@ -2,24 +2,27 @@
 
 mod console;
 mod disk;
+mod end;
+mod follow;
 mod guest;
 mod keyboard;
+mod machine;
 mod options;
 mod progress;
 mod report;
+mod silence;
 mod terminal;
+#[cfg(test)]
+mod tests;
 
 use std::io::{self, Write};
-use std::num::NonZeroU16;
-use std::sync::Arc;
-use std::sync::mpsc::{self, RecvTimeoutError};
+use std::sync::{Arc, mpsc};
 use std::thread;
 
 use anyhow::{Context, anyhow};
-use blk::Blk;
 use reactor::Pool;
 use reactor::placement::Wish;
-use vmm::{Config, Kernel, Machine, Outcome, PciDevice};
+use vmm::{Machine, Outcome};
 
 pub(crate) use options::RunOptions;
 use options::Switch;
@@ -27,11 +30,9 @@ use options::Switch;
 use crate::failure::Failure;
 use crate::metrics::{self, MetricsSocket, MetricsThread};
 use crate::stop::StopSignals;
-use disk::DiskOption;
-use guest::{JobResult, Line};
-use progress::Progress;
-use report::{Measured, Report};
-use terminal::{Loan, Terminal};
+use follow::{Said, follow};
+use report::Report;
+use terminal::Loan;
 
 /// Runs the machine until its guest ends it, or somebody else does, and prints what was measured.
 pub(crate) fn run(options: &RunOptions) -> Result<(), Failure> {
@@ -50,7 +51,7 @@ pub(crate) fn run(options: &RunOptions) -> Result<(), Failure> {
     let pool = pool.map_err(Failure::usage)?;
     let pool = Arc::new(pool);
     let (tell, said) = mpsc::channel();
-    let machine = Arc::new(build(options, &pool, tell.clone())?);
+    let machine = Arc::new(machine::build(options, &pool, tell.clone())?);
     let metrics = metrics.map(|socket| serve_metrics(socket, &machine, options.quiet)).transpose()?;
     let loan = if options.kernel.is_some() { Loan::take(&mut signals)? } else { None };
     let terminal = loan.as_ref().map(|loan| loan.terminal().clone());
@@ -66,37 +67,25 @@ pub(crate) fn run(options: &RunOptions) -> Result<(), Failure> {
         outcome
     });
     let runner = runner.context("cannot start a thread")?;
-    stop_by_signal(signals, machine.clone(), terminal.clone())?;
+    end::stop_by_signal(signals, machine.clone(), terminal.clone())?;
     if options.kernel.is_some() {
         keyboard::start(&machine, terminal)?;
     }
 
-    let mut report = follow(&machine, &said, options);
+    let (mut report, ended) = follow(&machine, &said, options);
+    if !ended {
+        // Its threads end with this process.
+        crate::print(report.text(options.json).as_bytes())?;
+        return verdict(Outcome::Stopped, &report);
+    }
     let outcome = runner.join().map_err(|_| anyhow!("the machine's thread panicked"))?;
     drop((loan, metrics));
     let outcome = outcome.context("the machine cannot go on")?;
     report.end(outcome, machine.snapshot());
     crate::print(report.text(options.json).as_bytes())?;
-    pool.stop().context("cannot stop the I/O threads")?;
-    verdict(outcome, &report)
-}
-
-/// Has the first signal stop the machine, until the machine has ended.
-fn stop_by_signal(
-    mut signals: StopSignals,
-    machine: Arc<Machine>,
-    terminal: Option<Arc<Terminal>>,
-) -> anyhow::Result<()> {
-    let wait = move || {
-        if signals.wait().is_some() {
-            if let Some(terminal) = terminal {
-                terminal.give_back();
-            }
-            machine.stop();
-        }
-    };
-    thread::Builder::new().name("signals".into()).spawn(wait).context("cannot start a thread")?;
-    Ok(())
+    let finished = end::finish(machine, pool);
+    verdict(outcome, &report)?;
+    finished
 }
 
 fn serve_metrics(
@@ -111,88 +100,14 @@ fn serve_metrics(
     socket.answer(Box::new(move || metrics::of_machine(&machine.snapshot())))
 }
 
-/// The machine with its disks, ready to run.
-fn build(options: &RunOptions, pool: &Arc<Pool>, tell: mpsc::Sender<Said>) -> Result<Machine, Failure> {
-    let mut disks = Vec::new();
-    for (index, disk) in disks_of(options)?.into_iter().enumerate() {
-        disks.push(PciDevice::new(Arc::new(disk), format!("disk{index}"), options.poll));
-    }
-    let mut config = match &options.kernel {
-        Some(kernel) => Config::new(Kernel::Path(kernel.clone()), console::stream(options.json).sink()),
-        None => Config::new(Kernel::Embedded(crate::guest::ELF), Box::new(console::Lines::new(tell))),
-    };
-    config.initrd.clone_from(&options.initrd);
-    config.command_line = match &options.kernel {
-        Some(_) => options.append.clone().unwrap_or_default(),
-        None => options.job.command_line(),
-    };
-    config.memory_bytes = options.mem.0.get();
-    config.huge_pages = options.huge;
-    config.cpus = options.vcpus().into();
-    let pins = options.vcpu_cpus.as_ref().map_or(&[][..], |cpus| cpus.as_slice());
-    config.pin = pins.iter().copied().cycle().take(config.cpus).collect();
-    config.doorbells = options.doorbell;
-    Machine::new(config, disks, pool.clone()).context("cannot build the machine").map_err(Failure::Usage)
-}
-
-/// The disks asked for; for the embedded guest's tour, those that need no file if there are none.
-fn disks_of(options: &RunOptions) -> Result<Vec<Blk>, Failure> {
-    const TOUR: [&str; 2] = ["null:8G", "mem:64M"];
-    let mut disks = options.disk.clone();
-    if disks.is_empty() && options.kernel.is_none() {
-        let parsed = TOUR.map(str::parse).into_iter().collect::<Result<_, String>>();
-        disks = parsed.map_err(|error| Failure::Runtime(anyhow!(error)))?;
-    }
-    let vcpus = NonZeroU16::new(options.vcpus()).unwrap_or(NonZeroU16::MIN);
-    disks.into_iter().map(|disk| open(disk, vcpus).map_err(Failure::Usage)).collect()
-}
-
-fn open(disk: DiskOption, queues: NonZeroU16) -> anyhow::Result<Blk> {
-    let backend = disk.backend.open(disk.read_only)?;
-    let presented = blk::Options {
-        queues: disk.queues.unwrap_or(queues).get(),
-        serial: disk.serial,
-        read_only: disk.read_only,
-        ..blk::Options::default()
-    };
-    Ok(Blk::new(backend, presented)?)
-}
-
-/// What reaches the thread that reports.
-enum Said {
-    /// A line of the embedded guest's.
-    Line(Line),
-    /// The machine has ended.
-    Ended,
-}
-
-/// Collects what the embedded guest says, each result with what the machine counted meanwhile.
-fn follow(machine: &Machine, said: &mpsc::Receiver<Said>, options: &RunOptions) -> Report {
-    let mut report = Report::new(options);
-    let console = options.kernel.as_ref().map(|_| console::stream(options.json));
-    let mut progress = Progress::new(options.quiet, console, machine.snapshot());
-    loop {
-        match said.recv_timeout(progress.wait()) {
-            Ok(Said::Line(Line::Ready { .. })) => {}
-            Ok(Said::Line(Line::Result(result))) => report.results.push(measured(*result, machine)),
-            Ok(Said::Line(Line::Error(error))) => report.errors.push(error),
-            Err(RecvTimeoutError::Timeout) => progress.show(machine.snapshot()),
-            Ok(Said::Ended) | Err(RecvTimeoutError::Disconnected) => break,
-        }
-    }
-    progress.clear();
-    report
-}
-
-fn measured(result: JobResult, machine: &Machine) -> Measured {
-    Measured { result, counted: machine.measured() }
-}
-
 fn verdict(outcome: Outcome, report: &Report) -> Result<(), Failure> {
     if let Some(error) = report.errors.first() {
         return Err(Failure::Runtime(anyhow!("the guest failed: {error}")));
     }
     match outcome {
+        Outcome::Reset if !report.kernel => {
+            Err(Failure::Runtime(anyhow!("the guest failed: a fault that it could not report ended it")))
+        }
         Outcome::PowerOff | Outcome::Exit(0) | Outcome::Stopped | Outcome::Reset => Ok(()),
         Outcome::Exit(status) => Err(Failure::Runtime(anyhow!("the guest ended with status {status}"))),
     }

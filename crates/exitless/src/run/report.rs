@@ -19,7 +19,7 @@ pub(super) struct Measured {
 #[derive(Debug)]
 pub(super) struct Report {
     /// A kernel of the user's ran.
-    kernel: bool,
+    pub(super) kernel: bool,
     vcpus: u16,
     pub(super) results: Vec<Measured>,
     /// What the embedded guest complained of.
@@ -145,6 +145,10 @@ impl Report {
         if !sum.is_empty() {
             let list: Vec<_> = sum.iter().map(|(reason, count)| format!("{reason} {count}")).collect();
             text += &format!("\nexits while measuring: {}\n", list.join(", "));
+        }
+        let lost: u64 = self.results.iter().map(|measured| measured.result.lost_interrupts).sum();
+        if lost > 0 {
+            text += &format!("\ninterrupts lost: {lost}, each of which the guest waited for in vain\n");
         }
         text
     }
@@ -327,5 +331,9 @@ mod tests {
         let lines: Vec<_> = text.lines().collect();
         assert!(lines[1].contains("1.50 M") && lines[1].contains("0.005000"), "{text}");
         assert!(text.contains("exits while measuring: io_exits 2"), "{text}");
+        assert!(!text.contains("lost"), "{text}");
+        let mut report = report();
+        report.results[0].result.lost_interrupts = 3;
+        assert!(report.text(false).contains("interrupts lost: 3"));
     }
 }

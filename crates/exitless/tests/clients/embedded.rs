@@ -23,6 +23,8 @@ enum Device {
     Qemu(PathBuf),
     /// A disk of QEMU's that forgets what is written to it.
     Forgetful,
+    /// One that takes 20 s for a request, twice as long as the guest waits. QEMU does not end before.
+    Slow,
     /// A disk behind this socket.
     Service(PathBuf),
 }
@@ -70,6 +72,9 @@ fn boot_with(scratch: &Scratch, accelerator: &str, cpu: &str, options: &str, dev
     let (drive, front) = match device {
         Device::Qemu(image) => (format!("file={},format=raw", image.display()), "virtio-blk-pci,drive=disk"),
         Device::Forgetful => ("file=null-co://,format=raw".to_owned(), "virtio-blk-pci,drive=disk"),
+        Device::Slow => {
+            ("driver=null-co,size=1G,latency-ns=20000000000".to_owned(), "virtio-blk-pci,drive=disk")
+        }
         Device::Service(socket) => {
             command.arg("-chardev").arg(format!("socket,id=disk,path={}", socket.display()));
             (String::new(), "vhost-user-blk-pci,chardev=disk")
@@ -126,6 +131,7 @@ fn drive(scratch: &Scratch, device: &Device) {
         let bytes = (DISK_MIB << 20).min(jobs * (16 << 20));
         assert_eq!(result["verified_bytes"], bytes, "{}", answer.console);
         assert_eq!(result["errors"], 0, "{}", answer.console);
+        assert_eq!(result["lost_interrupts"], 0, "{}", answer.console);
         assert!(number(result, "requests") > 0.0 && number(result, "p50_us") > 0.0, "{}", answer.console);
         assert_eq!(number(result, "interrupts") > 0.0, irq == 1, "{}", answer.console);
     }
@@ -165,11 +171,13 @@ fn the_embedded_guest_tours_measures_events_and_measures_itself() {
     let seen: Vec<_> = tour.results().iter().map(|r| (r["ring"].clone(), r["irq"].clone())).collect();
     let expected = [("split", 0), ("split", 1), ("packed", 0), ("packed", 1)];
     assert_eq!(seen, expected.map(|(ring, irq)| (ring.into(), irq.into())));
+    assert!(tour.results().iter().all(|result| result["lost_interrupts"] == 0), "{}", tour.console);
 
     let events = boot(&scratch, "job=events ms=100 kick=always", &device);
     for name in ["asleep_rounds", "awake_rounds", "asleep_p50_us", "awake_p50_us"] {
         assert!(number(events.results()[0], name) > 0.0, "{name}\n{}", events.console);
     }
+    assert_eq!(events.results()[0]["lost_interrupts"], 0, "{}", events.console);
     let ring = boot(&scratch, "job=ring ms=100", &device);
     for name in ["line_rounds", "split_rounds", "packed_rounds", "clock_hz", "service_us", "exit_us"] {
         assert!(number(ring.results()[0], name) > 0.0, "{name}\n{}", ring.console);
@@ -190,5 +198,21 @@ fn the_embedded_guest_says_what_went_wrong() {
     ] {
         let answer = boot(&scratch, options, &Device::Forgetful);
         assert!(answer.error().contains(part), "`{options}` ended with: {}", answer.error());
+    }
+}
+
+#[test]
+fn the_embedded_guest_gives_up_a_disk_that_is_silent_with_interrupts_too() {
+    let Some(_turn) = turn() else { return };
+    let scratch = Scratch::new();
+    let options = "job=blk qd=4 ms=50 irq=1";
+    // Both kinds of processors have a timer of their own.
+    let answers = [
+        boot(&scratch, options, &Device::Slow),
+        boot_with(&scratch, "tcg,thread=multi", "max", options, &Device::Slow),
+    ];
+    for answer in answers {
+        let expected = "disk 0: queue 0: 4 requests are in flight and none came back for 10 s";
+        assert_eq!(answer.error(), expected);
     }
 }

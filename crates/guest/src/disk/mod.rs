@@ -11,6 +11,7 @@ use virtio::{RingError, RingFormat};
 use queue::Layout;
 pub use queue::{DiskQueue, Operation};
 
+use crate::machine::clock::Clock;
 use crate::machine::{Machine, apic};
 use crate::options::{KickMode, Options, SECTOR_BYTES};
 use crate::pci::Function;
@@ -57,6 +58,14 @@ pub enum DiskError {
     /// Not mapped.
     #[error(transparent)]
     Memory(#[from] MemoryError),
+    /// Nothing comes back any more.
+    #[error("queue {queue}: {in_flight} requests are in flight and none came back for {seconds} s")]
+    Stuck { queue: u16, in_flight: usize, seconds: u64 },
+    /// Requests come back, interrupts do not.
+    #[error(
+        "queue {queue}: {lost} interrupts were lost, each for a request that had come back {ms} ms before"
+    )]
+    LostInterrupts { queue: u16, lost: u64, ms: u64 },
     /// The device broke the ring.
     #[error("queue {queue}: {source}")]
     Ring { queue: u16, source: RingError },
@@ -82,8 +91,8 @@ impl Disk {
     ///
     /// # Errors
     /// It is no virtio device of today, or has no configuration.
-    pub fn new(function: Function) -> Result<Self, DiskError> {
-        let transport = Transport::new(function)?;
+    pub fn new(function: Function, clock: Clock) -> Result<Self, DiskError> {
+        let transport = Transport::new(function, clock)?;
         let offered = transport.offered();
         let config = transport.device.ok_or(DiskError::TooSmall { have: 0, need: SECTOR_BYTES.into() })?;
         let low = config.read32(CONFIG_CAPACITY);

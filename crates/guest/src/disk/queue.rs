@@ -11,7 +11,10 @@ use virtio::memory::{Area, MemoryError, Translator};
 use virtio::ring::Buffer;
 
 use super::DiskError;
+use crate::machine::clock::Clock;
 use crate::machine::interrupts::Interrupt;
+use crate::machine::patience::{DEVICE_SECONDS, Patience};
+use crate::machine::service::ticks;
 use crate::machine::{Machine, heap};
 use crate::options::SECTOR_BYTES;
 use crate::virtio_pci::Queue;
@@ -28,6 +31,13 @@ const DATA_ALIGN: usize = 4096;
 const STATUS_NONE: u8 = 0xFF;
 /// Calls are put off by half of the index range; this often, again.
 const DISARM_AFTER: u32 = 1 << 14;
+/// An interrupt is lost if it has not come so long after a request was seen to have come back. Before that it may be
+/// late: the thread that is about to send it can have been put aside.
+const LATE_MS: u64 = 500;
+/// Nor is it lost before the timer came so often: where time went by and nothing ran, it is late.
+const LATE_WAKES_MIN: u32 = 5;
+/// With more of them than that, a job would last.
+const LOST_MAX: u64 = 16;
 
 /// What a request does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -72,6 +82,8 @@ pub struct DiskQueue {
     request_of: Box<[u16]>,
     kicks: u64,
     until_disarm: u32,
+    clock: Clock,
+    lost: u64,
 }
 
 impl DiskQueue {
@@ -101,6 +113,8 @@ impl DiskQueue {
             layout,
             kicks: 0,
             until_disarm: DISARM_AFTER,
+            clock: machine.clock,
+            lost: 0,
         })
     }
 
@@ -215,14 +229,67 @@ impl DiskQueue {
     }
 
     /// Where nothing came back: sleeps until something has, if the queue has an interrupt. May return early.
+    ///
+    /// # Errors
+    /// Too many interrupts were lost.
     #[inline(always)]
-    pub fn idle(&mut self) {
-        let Some(interrupt) = &self.interrupt else { return core::hint::spin_loop() };
+    pub fn idle(&mut self) -> Result<(), DiskError> {
+        let Some(interrupt) = &self.interrupt else {
+            core::hint::spin_loop();
+            return Ok(());
+        };
         let seen = interrupt.count();
         if !self.queue.ring.arm_calls() {
-            interrupt.wait(seen);
+            self.wait(seen)?;
         }
         self.queue.ring.disarm_calls();
+        Ok(())
+    }
+
+    /// Sleeps until the interrupt that [`DiskQueue::arm_calls`] asked for, if it has not come since `seen` was read; may
+    /// return early. True if it has come.
+    ///
+    /// # Errors
+    /// Too many interrupts were lost.
+    #[inline(always)]
+    pub fn wait(&mut self, seen: u64) -> Result<bool, DiskError> {
+        let Some(interrupt) = &self.interrupt else { return Ok(false) };
+        interrupt.wait(seen);
+        if interrupt.count() == seen { self.is_late(seen) } else { Ok(true) }
+    }
+
+    /// Something else than its interrupt ended the sleep. Is the device slow, or has it announced nothing?
+    #[cold]
+    fn is_late(&mut self, seen: u64) -> Result<bool, DiskError> {
+        // As before: calls are still asked for where they were.
+        if !self.queue.ring.arm_calls() {
+            return Ok(false);
+        }
+        let Some(interrupt) = &self.interrupt else { return Ok(false) };
+        let (mut patience, mut wakes) = (Patience::of_ms(self.clock, LATE_MS), 0);
+        while interrupt.count() == seen {
+            wakes += 1;
+            if patience.is_over(ticks()) && wakes > LATE_WAKES_MIN {
+                self.lost += 1;
+                let (queue, lost) = (self.queue.index, self.lost);
+                let too_many = DiskError::LostInterrupts { queue, lost, ms: LATE_MS };
+                return if lost < LOST_MAX { Ok(false) } else { Err(too_many) };
+            }
+            interrupt.wait(seen);
+        }
+        Ok(true)
+    }
+
+    /// How many interrupts were lost so far.
+    #[must_use]
+    pub fn lost_interrupts(&self) -> u64 {
+        self.lost
+    }
+
+    /// What is to be said when so many requests do not come back.
+    #[must_use]
+    pub fn stuck(&self, in_flight: usize) -> DiskError {
+        DiskError::Stuck { queue: self.queue.index, in_flight, seconds: DEVICE_SECONDS }
     }
 
     /// Asks for a call for the next request that comes back; true if one has already.

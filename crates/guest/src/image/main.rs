@@ -32,6 +32,7 @@ unsafe extern "C" {
     safe static queue_stubs: u8;
     safe static service: u8;
     safe static spurious_stub: u8;
+    safe static timer_stub: u8;
     safe static interrupts: u8;
     safe static trampoline: u8;
     safe static trampoline_end: u8;
@@ -51,6 +52,7 @@ fn image() -> Image {
         queue_stubs: at(&raw const queue_stubs),
         service: at(&raw const service),
         spurious_stub: at(&raw const spurious_stub),
+        timer_stub: at(&raw const timer_stub),
         interrupts: at(&raw const interrupts),
         trampoline: at(&raw const trampoline)..at(&raw const trampoline_end),
         other: at(&raw const other_task),

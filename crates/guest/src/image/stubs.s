@@ -26,6 +26,16 @@ queue_stubs:
     .set at, at + 64
     .endr
 
+// The timer's: the sleep that it ends is all that it is for.
+.balign 32
+.global timer_stub
+timer_stub:
+    push rax
+    xor eax, eax
+    movabs [LAPIC_EOI], eax
+    pop rax
+    iretq
+
 // A spurious interrupt must not be ended.
 .balign 32
 .global spurious_stub

@@ -2,15 +2,16 @@
 //! meanwhile and on one that runs.
 
 use core::fmt::{self, Display, Formatter};
-use core::hint::spin_loop;
 
 use super::{JobError, blk};
 use crate::disk::{DiskError, DiskQueue, Operation};
 use crate::histogram::Histogram;
-use crate::machine::Machine;
 use crate::machine::clock::Clock;
 use crate::machine::console::{self, Mark, mark};
-use crate::machine::service::{enable_interrupts, ticks};
+use crate::machine::interrupts::Listening;
+use crate::machine::patience::Patience;
+use crate::machine::service::ticks;
+use crate::machine::{Machine, MachineError};
 use crate::options::{Options, SECTOR_BYTES};
 use crate::pattern::Random;
 use crate::pci::Function;
@@ -25,20 +26,21 @@ const WARM_UP: u64 = 16;
 /// See [`JobError`].
 pub fn run(machine: &Machine, disks: &[Function], options: &Options) -> Result<(), JobError> {
     let of_disk = |source| JobError::Disk { disk: options.disk, source };
-    let disk = blk::open(disks, options.disk)?;
+    let disk = blk::open(machine, disks, options.disk)?;
     let asked = Options { interrupts: true, jobs: 1, depth: 1, ..options.clone() };
     let mut queues = disk.open(machine, &asked).map_err(of_disk)?;
     let queue = queues.first_mut().ok_or(JobError::NoOutcome(0))?;
-    enable_interrupts();
+    let _listening = Listening::start().map_err(MachineError::from)?;
 
-    let mut trips =
-        Trips { queue, random: Random::new(options.seed), blocks: disk.blocks(options.block_bytes) };
+    let (random, blocks) = (Random::new(options.seed), disk.blocks(options.block_bytes));
+    let mut trips = Trips { queue, random, blocks, clock: machine.clock };
     mark(Mark::Begin);
     let asleep = trips.run(machine.clock.deadline_ms(options.ms / 2), true).map_err(of_disk)?;
     let awake = trips.run(machine.clock.deadline_ms(options.ms / 2), false).map_err(of_disk)?;
     mark(Mark::End);
+    let lost = trips.queue.lost_interrupts();
     disk.close().map_err(of_disk)?;
-    console::print(&Report { options, clock: machine.clock, asleep: &asleep, awake: &awake });
+    console::print(&Report { options, clock: machine.clock, asleep: &asleep, awake: &awake, lost });
     Ok(())
 }
 
@@ -56,6 +58,7 @@ struct Trips<'a> {
     queue: &'a mut DiskQueue,
     random: Random,
     blocks: u64,
+    clock: Clock,
 }
 
 impl Trips<'_> {
@@ -71,27 +74,50 @@ impl Trips<'_> {
             let before = ticks();
             self.queue.publish();
             let kicked = ticks();
-            while let Some(interrupt) = self.queue.interrupt().filter(|interrupt| interrupt.count() == seen) {
-                if sleep {
-                    interrupt.wait(seen);
-                } else {
-                    spin_loop();
-                }
-            }
+            let announced = if sleep { self.sleep(seen)? } else { self.spin(seen)? };
             let done = ticks();
-            let fine = loop {
-                if let Some((_, fine)) = self.queue.reap()? {
-                    break fine;
-                }
-            };
+            let fine = self.reap()?;
             round += 1;
-            if round > WARM_UP {
+            if round > WARM_UP && announced {
                 times.kick.record(kicked - before);
                 times.trip.record(done - before);
                 times.errors += u64::from(!fine);
             }
         }
         Ok(times)
+    }
+
+    /// Waits for the interrupt; false if it was lost.
+    fn sleep(&mut self, seen: u64) -> Result<bool, DiskError> {
+        let (mut patience, lost) = (Patience::with_device(self.clock), self.queue.lost_interrupts());
+        while !self.queue.wait(seen)? {
+            if self.queue.lost_interrupts() != lost {
+                return Ok(false);
+            }
+            if patience.is_over(ticks()) {
+                return Err(self.queue.stuck(1));
+            }
+        }
+        Ok(true)
+    }
+
+    /// The same without sleep.
+    fn spin(&mut self, seen: u64) -> Result<bool, DiskError> {
+        let come = || self.queue.interrupt().is_none_or(|interrupt| interrupt.count() != seen);
+        if Patience::with_device(self.clock).spin_until(come) { Ok(true) } else { self.sleep(seen) }
+    }
+
+    /// The request that came back, which an interrupt may have announced too early.
+    fn reap(&mut self) -> Result<bool, DiskError> {
+        let mut done = self.queue.reap();
+        let mut patience = Patience::with_device(self.clock);
+        patience.spin_until(|| {
+            if matches!(done, Ok(None)) {
+                done = self.queue.reap();
+            }
+            !matches!(done, Ok(None))
+        });
+        done?.map(|(_, fine)| fine).ok_or_else(|| self.queue.stuck(1))
     }
 }
 
@@ -103,6 +129,7 @@ struct Report<'a> {
     clock: Clock,
     asleep: &'a Times,
     awake: &'a Times,
+    lost: u64,
 }
 
 impl Display for Report<'_> {
@@ -115,6 +142,7 @@ impl Display for Report<'_> {
             object.decimal(names[1], us(&times.trip, 500))?.decimal(names[2], us(&times.trip, 990))?;
             object.decimal(names[3], us(&times.kick, 500))?;
         }
+        object.number("lost_interrupts", self.lost)?;
         object.number("errors", self.asleep.errors + self.awake.errors)?;
         object.end()
     }

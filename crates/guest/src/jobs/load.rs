@@ -2,30 +2,15 @@
 
 use alloc::boxed::Box;
 use alloc::vec::Vec;
+use core::sync::atomic::{AtomicU64, Ordering};
 
 use crate::disk::{DiskError, DiskQueue, Operation};
 use crate::histogram::Histogram;
 use crate::machine::clock::Clock;
+use crate::machine::patience::Patience;
 use crate::machine::service::ticks;
 use crate::options::{Options, SECTOR_BYTES};
 use crate::pattern::Random;
-
-/// A device that gives nothing back for so long is given up.
-const PATIENCE_SECONDS: u64 = 10;
-
-/// Why a load ended early.
-pub(super) enum LoadError {
-    /// The disk.
-    Disk(DiskError),
-    /// So many requests, in flight for so many seconds.
-    Stuck(usize, u64),
-}
-
-impl From<DiskError> for LoadError {
-    fn from(error: DiskError) -> Self {
-        Self::Disk(error)
-    }
-}
 
 /// Where the next request goes.
 pub(super) struct Target {
@@ -94,28 +79,29 @@ impl<'a> Load<'a> {
         self.errors = 0;
     }
 
-    /// Keeps all requests in flight until tick `end`, then waits for the last of them.
-    pub(super) fn run(&mut self, end: u64) -> Result<(), LoadError> {
+    /// Keeps all requests in flight until tick `end`, then waits for the last of them, with a `pulse` for those who
+    /// wait for this job.
+    pub(super) fn run(&mut self, end: u64, pulse: &AtomicU64) -> Result<(), DiskError> {
         let sectors = u64::from(self.queue.block_bytes() / SECTOR_BYTES);
-        let patience = self.clock.ticks_of_ms(PATIENCE_SECONDS * 1000);
+        let mut patience = Patience::with_device(self.clock);
         let mut now = ticks();
-        let mut progress = now;
         loop {
             if now < end {
                 self.submit(sectors, now);
             } else if self.free.len() == self.submitted.len() {
                 return Ok(());
+            } else {
+                pulse.fetch_add(1, Ordering::Relaxed);
             }
             if self.reap(end)? {
                 now = ticks();
-                progress = now;
+                patience.renew(now);
                 continue;
             }
-            self.queue.idle();
+            self.queue.idle()?;
             now = ticks();
-            if now - progress > patience {
-                let in_flight = self.submitted.len() - self.free.len();
-                return Err(LoadError::Stuck(in_flight, PATIENCE_SECONDS));
+            if patience.is_over(now) {
+                return Err(self.queue.stuck(self.submitted.len() - self.free.len()));
             }
         }
     }

@@ -33,11 +33,6 @@ pub enum JobError {
     /// A disk does not work.
     #[error("disk {disk}: {source}")]
     Disk { disk: usize, source: DiskError },
-    /// Nothing comes back any more.
-    #[error(
-        "disk {disk}, queue {queue}: {in_flight} requests are in flight and none came back for {seconds} s"
-    )]
-    Stuck { disk: usize, queue: usize, in_flight: usize, seconds: u64 },
     /// The disk did not keep what was written.
     #[error("disk {disk}: sector {sector} is not as it was written, from byte {byte} on")]
     Different { disk: usize, sector: u64, byte: usize },

@@ -4,7 +4,7 @@
 use alloc::sync::Arc;
 use alloc::vec::Vec;
 use core::fmt::{self, Display, Formatter};
-use core::hint::{black_box, spin_loop};
+use core::hint::black_box;
 use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use virtio::ring::{Buffer, Chains, DeviceRing, DriverRing, Used};
@@ -14,9 +14,11 @@ use super::JobError;
 use crate::histogram::Histogram;
 use crate::machine::clock::Clock;
 use crate::machine::console::{self, Mark, mark};
+use crate::machine::patience::{PROCESSOR_SECONDS, Patience};
 use crate::machine::service::{self, ticks};
+use crate::machine::smp::SmpError;
 use crate::machine::sync::Spin;
-use crate::machine::{Machine, heap};
+use crate::machine::{self, Machine, heap};
 use crate::options::Options;
 use crate::report::Object;
 
@@ -62,8 +64,9 @@ fn ping_pong(machine: &Machine, ms: u64) -> Result<Histogram, JobError> {
     let line = machine.memory.area(heap::take(64, 64), 64, 64)?;
     let trips = Spin::new(Histogram::default());
     machine.processors.run(2, &|processor| {
+        let mut patience = patience(machine, ms);
         if processor == 1 {
-            return echo(line.u64(0));
+            return echo(line.u64(0), &mut patience);
         }
         let (word, mut trips) = (line.u64(0), trips.lock());
         let end = machine.clock.deadline_ms(ms);
@@ -72,9 +75,7 @@ fn ping_pong(machine: &Machine, ms: u64) -> Result<Histogram, JobError> {
         while now < end {
             ball += 2;
             word.store(ball, Ordering::Release);
-            while word.load(Ordering::Acquire) != ball + 1 {
-                spin_loop();
-            }
+            meet(patience.spin_until(|| word.load(Ordering::Acquire) == ball + 1));
             let before = core::mem::replace(&mut now, ticks());
             trips.record(now - before);
         }
@@ -84,13 +85,27 @@ fn ping_pong(machine: &Machine, ms: u64) -> Result<Histogram, JobError> {
 }
 
 /// Answers even numbers with the next one, until the last.
-fn echo(word: &AtomicU64) {
-    loop {
-        match word.load(Ordering::Acquire) {
-            u64::MAX => return,
-            ball if ball % 2 == 0 && ball > 0 => word.store(ball + 1, Ordering::Release),
-            _ => spin_loop(),
+fn echo(word: &AtomicU64, patience: &mut Patience) {
+    let answered_last = || match word.load(Ordering::Acquire) {
+        u64::MAX => true,
+        ball if ball % 2 == 0 && ball > 0 => {
+            word.store(ball + 1, Ordering::Release);
+            false
         }
+        _ => false,
+    };
+    meet(patience.spin_until(answered_last));
+}
+
+/// How long two processors wait for each other in a part of so many milliseconds.
+fn patience(machine: &Machine, ms: u64) -> Patience {
+    Patience::of_ms(machine.clock, ms + PROCESSOR_SECONDS * 1000)
+}
+
+/// Ends the machine if the other processor did not come.
+fn meet(came: bool) {
+    if !came {
+        machine::fail(&SmpError::Away(PROCESSOR_SECONDS));
     }
 }
 
@@ -104,12 +119,13 @@ fn requests(machine: &Machine, ms: u64, format: RingFormat) -> Result<Histogram,
     let back = Spin::new((DeviceRing::new(&config, &memory, None)?, Chains::new(&config, memory), Ok(())));
     let over = AtomicBool::new(false);
     machine.processors.run(2, &|processor| {
+        let mut patience = patience(machine, ms);
         if processor == 1 {
             let (ring, chains, outcome) = &mut *back.lock();
-            *outcome = serve(ring, chains, &over);
+            *outcome = serve(ring, chains, &over, &mut patience);
         } else {
             let (ring, trips, outcome) = &mut *front.lock();
-            *outcome = drive(ring, trips, &over, machine.clock.deadline_ms(ms));
+            *outcome = drive(ring, trips, &over, machine.clock.deadline_ms(ms), &mut patience);
         }
         over.store(true, Ordering::Release);
     })?;
@@ -118,7 +134,13 @@ fn requests(machine: &Machine, ms: u64, format: RingFormat) -> Result<Histogram,
     Ok(trips)
 }
 
-fn drive(ring: &mut DriverRing, trips: &mut Histogram, over: &AtomicBool, end: u64) -> Result<(), RingError> {
+fn drive(
+    ring: &mut DriverRing,
+    trips: &mut Histogram,
+    over: &AtomicBool,
+    end: u64,
+    patience: &mut Patience,
+) -> Result<(), RingError> {
     let buffer = Buffer { addr: heap::take(64, 64), len: 64, writable: true };
     ring.disarm_calls();
     let mut now = ticks();
@@ -126,11 +148,16 @@ fn drive(ring: &mut DriverRing, trips: &mut Histogram, over: &AtomicBool, end: u
         ring.add(&[buffer]);
         ring.publish();
         ring.needs_kick();
-        while ring.reap()?.is_none() {
-            if over.load(Ordering::Relaxed) {
-                return Ok(());
+        let mut done = ring.reap();
+        meet(patience.spin_until(|| {
+            let wait = matches!(done, Ok(None)) && !over.load(Ordering::Relaxed);
+            if wait {
+                done = ring.reap();
             }
-            spin_loop();
+            !wait
+        }));
+        if done?.is_none() {
+            return Ok(());
         }
         let before = core::mem::replace(&mut now, ticks());
         trips.record(now - before);
@@ -138,20 +165,28 @@ fn drive(ring: &mut DriverRing, trips: &mut Histogram, over: &AtomicBool, end: u
     Ok(())
 }
 
-fn serve(ring: &mut DeviceRing, chains: &mut Chains, over: &AtomicBool) -> Result<(), RingError> {
+fn serve(
+    ring: &mut DeviceRing,
+    chains: &mut Chains,
+    over: &AtomicBool,
+    patience: &mut Patience,
+) -> Result<(), RingError> {
     let mut taken = Vec::with_capacity(1);
     ring.disarm();
-    while !over.load(Ordering::Relaxed) {
-        ring.pop(1, chains, &mut taken)?;
+    loop {
+        let mut popped = Ok(());
+        meet(patience.spin_until(|| {
+            popped = ring.pop(1, chains, &mut taken);
+            popped.is_err() || !taken.is_empty() || over.load(Ordering::Relaxed)
+        }));
+        popped?;
         if taken.is_empty() {
-            spin_loop();
-            continue;
+            return Ok(());
         }
         ring.push_used(chains, taken.drain(..).map(|token| Used { token, written: 64 }));
         ring.publish();
         ring.needs_call();
     }
-    Ok(())
 }
 
 /// Ticks of what one processor does alone.

@@ -16,7 +16,7 @@ const MS: u64 = 200;
 /// See [`JobError`].
 pub fn run(machine: &Machine, disks: &[Function], options: &Options) -> Result<(), JobError> {
     for index in 0..disks.len() {
-        let disk = blk::open(disks, index)?;
+        let disk = blk::open(machine, disks, index)?;
         for format in [RingFormat::Split, RingFormat::Packed].into_iter().filter(|&format| disk.can(format)) {
             for interrupts in [false, true] {
                 let options = Options {

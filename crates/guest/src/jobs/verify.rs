@@ -3,9 +3,13 @@
 
 use alloc::vec;
 use alloc::vec::Vec;
+use core::sync::atomic::{AtomicU64, Ordering};
 
 use super::JobError;
 use crate::disk::{DiskError, DiskQueue, Operation};
+use crate::machine::clock::Clock;
+use crate::machine::patience::Patience;
+use crate::machine::service::ticks;
 use crate::options::{Options, SECTOR_BYTES};
 use crate::pattern::{fill, scattered};
 
@@ -19,6 +23,9 @@ pub(super) struct Verify<'a> {
     /// Of the disk.
     pub(super) blocks: u64,
     pub(super) job: usize,
+    pub(super) clock: Clock,
+    /// Counts on with each request that comes back: others wait for this job.
+    pub(super) pulse: &'a AtomicU64,
 }
 
 impl Verify<'_> {
@@ -45,6 +52,7 @@ impl Verify<'_> {
         let mut free: Vec<u16> = (0..depth).collect();
         let mut in_flight = vec![0; depth.into()];
         let mut next = blocks.next();
+        let mut patience = Patience::with_device(self.clock);
         while next.is_some() || free.len() < depth.into() {
             let mut any = false;
             while let (Some(block), Some(&request)) = (next, free.last()) {
@@ -69,9 +77,14 @@ impl Verify<'_> {
                 self.queue.publish();
             }
             let Some((request, fine)) = self.queue.reap().map_err(|error| self.of_disk(error))? else {
-                self.queue.idle();
+                self.queue.idle().map_err(|error| self.of_disk(error))?;
+                if patience.is_over(ticks()) {
+                    return Err(self.of_disk(self.queue.stuck(usize::from(depth) - free.len())));
+                }
                 continue;
             };
+            patience.renew(ticks());
+            self.pulse.fetch_add(1, Ordering::Relaxed);
             free.push(request);
             let block = in_flight[usize::from(request)];
             if !fine {

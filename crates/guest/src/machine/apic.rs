@@ -8,13 +8,26 @@ const ID: usize = 0x20;
 const SPURIOUS: usize = 0xF0;
 const COMMAND: usize = 0x300;
 const COMMAND_TARGET: usize = 0x310;
+const TIMER: usize = 0x320;
+const TIMER_INITIAL_COUNT: usize = 0x380;
+const TIMER_DIVIDER: usize = 0x3E0;
 const SOFTWARE_ENABLE: u32 = 0x100;
 const INIT: u32 = 0x4500;
 const STARTUP: u32 = 0x4600;
 const PENDING: u32 = 1 << 12;
+/// A message that is not on its way after so many looks will not be.
+const PENDING_LOOKS_MAX: u32 = 10_000;
+const TIMER_PERIODIC: u32 = 1 << 17;
+const TIMER_MASKED: u32 = 1 << 16;
+const TIMER_DIVIDE_BY_1: u32 = 0b1011;
+/// A period of the timer: 20 ms where it counts nanoseconds, as hypervisors' do, at most a second where it counts a
+/// crystal's 25 MHz. Nothing is measured by it.
+const TIMER_COUNT: u32 = 20_000_000;
 
 /// The vector of spurious interrupts.
 pub(super) const SPURIOUS_VECTOR: u8 = 0xFF;
+/// The vector of the timer. Its class is the lowest, so that of two interrupts a device's comes first.
+pub(super) const TIMER_VECTOR: u8 = 0x20;
 
 /// This processor's controller: the registers are at the same place for each.
 #[derive(Clone, Copy)]
@@ -42,6 +55,19 @@ impl LocalApic {
         self.registers.write32(SPURIOUS, SOFTWARE_ENABLE | u32::from(SPURIOUS_VECTOR));
     }
 
+    /// Interrupts this processor again and again.
+    pub(super) fn start_timer(&self) {
+        self.registers.write32(TIMER_DIVIDER, TIMER_DIVIDE_BY_1);
+        self.registers.write32(TIMER, TIMER_PERIODIC | u32::from(TIMER_VECTOR));
+        self.registers.write32(TIMER_INITIAL_COUNT, TIMER_COUNT);
+    }
+
+    /// Ends that.
+    pub(super) fn stop_timer(&self) {
+        self.registers.write32(TIMER, TIMER_MASKED | u32::from(TIMER_VECTOR));
+        self.registers.write32(TIMER_INITIAL_COUNT, 0);
+    }
+
     /// Resets another processor.
     pub(super) fn send_init(&self, id: u32) {
         self.send(id, INIT);
@@ -53,9 +79,9 @@ impl LocalApic {
     }
 
     fn send(&self, id: u32, command: u32) {
-        while self.registers.read32(COMMAND) & PENDING != 0 {
-            core::hint::spin_loop();
-        }
+        // If it never gets away, the processor does not start, and that is reported.
+        let pending = || self.registers.read32(COMMAND) & PENDING != 0;
+        let _ = (0..PENDING_LOOKS_MAX).find(|_| !pending());
         self.registers.write32(COMMAND_TARGET, id << 24);
         self.registers.write32(COMMAND, command);
     }

@@ -26,6 +26,9 @@ const CONTROL_GATE: u8 = 1;
 const CONTROL_SPEAKER: u8 = 2;
 const CONTROL_OUTPUT: u8 = 0x20;
 
+/// Thousands of times as long as the count takes, at any speed that processors have.
+const TICKS_MAX: u64 = 1 << 34;
+
 /// Ticks and time.
 #[derive(Clone, Copy, Debug)]
 pub struct Clock {
@@ -33,12 +36,12 @@ pub struct Clock {
 }
 
 impl Clock {
-    /// Asks the host, or measures for 10 ms.
+    /// Asks the host, or measures for 10 ms; None if neither is possible.
     ///
     /// # Errors
     /// None that can happen: memory of this program is not mapped.
-    pub(super) fn new(memory: &Memory) -> Result<Self, MemoryError> {
-        Ok(Self { hz: ask_kvm(memory)?.unwrap_or_else(measure).max(1) })
+    pub(super) fn new(memory: &Memory) -> Result<Option<Self>, MemoryError> {
+        Ok(ask_kvm(memory)?.or_else(measure).map(|hz| Self { hz: hz.max(1) }))
     }
 
     /// A clock of a known speed.
@@ -99,7 +102,7 @@ fn hz_of(multiplier: u32, shift: i8) -> Option<u64> {
     u64::try_from(hz).ok().filter(|&hz| hz > 1_000_000)
 }
 
-fn measure() -> u64 {
+fn measure() -> Option<u64> {
     let control = service::in8(CONTROL) & !CONTROL_SPEAKER;
     service::out8(CONTROL, control & !CONTROL_GATE);
     service::out8(PIT_COMMAND, PIT_MODE);
@@ -107,12 +110,12 @@ fn measure() -> u64 {
     service::out8(PIT_COUNTER_2, (PIT_COUNT >> 8) as u8);
     service::out8(CONTROL, control | CONTROL_GATE);
     let start = service::ticks();
-    // Hundreds of times as long as it can take: a machine without this counter still boots.
-    let mut looks = 10_000_000_u64;
-    while service::in8(CONTROL) & CONTROL_OUTPUT == 0 && looks > 0 {
-        looks -= 1;
+    while service::in8(CONTROL) & CONTROL_OUTPUT == 0 {
+        if service::ticks() - start > TICKS_MAX {
+            return None;
+        }
     }
-    (service::ticks() - start) * PIT_HZ / u64::from(PIT_COUNT)
+    Some((service::ticks() - start) * PIT_HZ / u64::from(PIT_COUNT))
 }
 
 #[cfg(test)]

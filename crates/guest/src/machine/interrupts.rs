@@ -1,6 +1,7 @@
 //! Interrupts and faults: which stub answers which vector, and what the stubs leave behind.
 //!
 //! A queue interrupt is counted by its stub, and that is all that happens; whoever waits for it looks at the counter.
+//! The timer's stub does not even count: the timer is there to end a sleep that nothing else ends ([`Listening`]).
 
 use core::fmt;
 use core::hint::spin_loop;
@@ -9,8 +10,9 @@ use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use virtio::memory::Area;
 use virtio::{GuestAddr, Memory, MemoryError};
 
-use super::apic::SPURIOUS_VECTOR;
+use super::apic::{LocalApic, SPURIOUS_VECTOR, TIMER_VECTOR};
 use super::descriptors::{Caller, gate};
+use super::paging::PagingError;
 use super::{Image, service};
 
 const FAULTS: usize = 32;
@@ -35,9 +37,34 @@ pub(super) fn init(memory: &Memory, image: &Image) -> Result<(), MemoryError> {
     for i in 0..INTERRUPTS_MAX {
         set(FIRST_QUEUE_VECTOR + i, image.queue_stubs + QUEUE_STRIDE * i, Caller::Hardware);
     }
+    set(TIMER_VECTOR.into(), image.timer_stub, Caller::Hardware);
     set(SPURIOUS_VECTOR.into(), image.spurious_stub, Caller::Hardware);
     set(BREAKPOINT, image.service, Caller::Program);
     Ok(())
+}
+
+/// While this lives, the processor that made it takes interrupts, and a timer's among them, some 50 a second: a sleep
+/// that waits for an interrupt that was lost ends all the same, and costs nothing where it was not.
+pub struct Listening(LocalApic);
+
+impl Listening {
+    /// From now on.
+    ///
+    /// # Errors
+    /// See [`LocalApic::new`].
+    pub fn start() -> Result<Self, PagingError> {
+        let apic = LocalApic::new()?;
+        apic.enable();
+        apic.start_timer();
+        service::enable_interrupts();
+        Ok(Self(apic))
+    }
+}
+
+impl Drop for Listening {
+    fn drop(&mut self) {
+        self.0.stop_timer();
+    }
 }
 
 /// The counter of one interrupt.
@@ -73,7 +100,8 @@ impl Interrupt {
         self.counter().load(Ordering::Acquire)
     }
 
-    /// Sleeps until it comes, if it has not since `seen` was read; may return early.
+    /// Sleeps until it comes, if it has not since `seen` was read; may return early, and does on a processor that is
+    /// [`Listening`].
     #[inline(always)]
     pub fn wait(&self, seen: u64) {
         service::wait(self.counter(), seen);

@@ -12,6 +12,7 @@ pub mod heap;
 pub mod interrupts;
 pub mod mmio;
 pub mod paging;
+pub mod patience;
 pub mod physical;
 pub mod pvh;
 pub mod service;
@@ -52,6 +53,7 @@ pub struct Image {
     pub queue_stubs: usize,
     pub service: usize,
     pub spurious_stub: usize,
+    pub timer_stub: usize,
     pub interrupts: usize,
     pub trampoline: Range<usize>,
     pub other: usize,
@@ -70,6 +72,9 @@ pub enum MachineError {
     /// The command line cannot be taken.
     #[error("the command line must be ASCII of at most {} bytes", pvh::COMMAND_LINE_BYTES_MAX)]
     CommandLine,
+    /// Nothing says how fast time goes by.
+    #[error("no clock to measure time by: neither the host's nor the second counter of a PIT")]
+    Clock,
     /// Memory is not mapped.
     #[error(transparent)]
     Memory(#[from] MemoryError),
@@ -117,7 +122,7 @@ impl Machine {
         let ids = acpi::processors(&tables, info.root_pointer());
         heap::extend(end_of_ram.min(HEAP_END_MAX) as usize);
 
-        let clock = Clock::new(&memory)?;
+        let clock = Clock::new(&memory)?.ok_or(MachineError::Clock)?;
         let processors = Processors::new(image.clone(), clock, ids)?;
         Ok(Self { memory, clock, processors, command_line, image })
     }

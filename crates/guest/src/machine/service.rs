@@ -54,7 +54,7 @@ pub fn wait(counter: &AtomicU64, seen: u64) {
 }
 
 /// Lets interrupts in on this processor from now on.
-pub fn enable_interrupts() {
+pub(super) fn enable_interrupts() {
     // SAFETY: the stubs of interrupts touch nothing but their counters and the interrupt controller.
     unsafe { call(Number::EnableInterrupts, 0, 0, 0) };
 }

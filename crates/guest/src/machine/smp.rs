@@ -16,6 +16,7 @@ use virtio::{GuestAddr, Memory, MemoryError};
 use super::apic::LocalApic;
 use super::clock::Clock;
 use super::paging::PagingError;
+use super::patience::{PROCESSOR_SECONDS, Patience};
 use super::{Image, descriptors, heap, service};
 
 /// Below 1 MiB, where processors begin; `image/boot.s` is assembled for it.
@@ -35,6 +36,12 @@ pub enum SmpError {
     /// A processor was started and nothing happened.
     #[error("processor {0} did not start within {START_LIMIT_MS} ms")]
     Silent(usize),
+    /// A processor works on where all others are done.
+    #[error("processor {0} did not end its work within {PROCESSOR_SECONDS} s after the others")]
+    Endless(usize),
+    /// Another processor is waited for in vain.
+    #[error("another processor has given no sign of life for {0} s")]
+    Away(u64),
     /// Registers cannot be reached.
     #[error(transparent)]
     Paging(#[from] PagingError),
@@ -91,7 +98,7 @@ impl Processors {
     /// Runs `work` with 0 to `count - 1`, each on a processor of its own, this one having 0; returns when all are done.
     ///
     /// # Errors
-    /// There are fewer processors. If one does not start, the machine ends with an error.
+    /// There are fewer processors. If one does not start or does not end, the machine ends with an error.
     pub fn run(&self, count: usize, work: &(dyn Fn(usize) + Sync)) -> Result<(), SmpError> {
         if count > self.ids.len() {
             return Err(SmpError::TooFew { wanted: count, have: self.ids.len() });
@@ -106,8 +113,9 @@ impl Processors {
         }
         work(0);
         for order in &orders {
-            while order.state.load(Ordering::Acquire) != DONE {
-                spin_loop();
+            let mut patience = Patience::of_ms(self.clock, PROCESSOR_SECONDS * 1000);
+            if !patience.spin_until(|| order.state.load(Ordering::Acquire) == DONE) {
+                super::fail(&SmpError::Endless(order.processor));
             }
         }
         Ok(())

@@ -79,17 +79,22 @@ impl Barrier {
         Self { processors, arrived: AtomicUsize::new(0), round: AtomicUsize::new(0) }
     }
 
-    /// Waits for the others.
-    pub fn wait(&self) {
+    /// Waits for the others until `gives_up`; false if it did. Nobody can use the barrier after that.
+    #[must_use]
+    pub fn wait(&self, mut gives_up: impl FnMut() -> bool) -> bool {
         let round = self.round.load(Ordering::Acquire);
         if self.arrived.fetch_add(1, Ordering::AcqRel) + 1 == self.processors {
             self.arrived.store(0, Ordering::Relaxed);
             self.round.store(round.wrapping_add(1), Ordering::Release);
-            return;
+            return true;
         }
         while self.round.load(Ordering::Acquire) == round {
+            if gives_up() {
+                return false;
+            }
             spin_loop();
         }
+        true
     }
 }
 
@@ -106,13 +111,23 @@ mod tests {
                 scope.spawn(|| {
                     for round in 1..=20 {
                         *sum.lock() += 1;
-                        barrier.wait();
+                        assert!(barrier.wait(|| false));
                         assert_eq!(*sum.lock(), round * THREADS);
-                        barrier.wait();
+                        assert!(barrier.wait(|| false));
                     }
                 });
             }
         });
         assert_eq!(sum.into_inner(), 20 * THREADS);
+    }
+
+    #[test]
+    fn who_waits_for_nobody_may_give_up() {
+        let mut looks = 0;
+        assert!(!Barrier::new(2).wait(|| {
+            looks += 1;
+            looks == 3
+        }));
+        assert!(Barrier::new(1).wait(|| true), "nobody to wait for");
     }
 }

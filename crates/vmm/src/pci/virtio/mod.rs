@@ -24,7 +24,8 @@ mod queue;
 mod shared;
 mod window;
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
+use std::time::{Duration, Instant};
 
 use virtio::{ConfigListener, Device, GuestAddr, Memory, QueueCounters, QueueSet};
 
@@ -92,6 +93,10 @@ pub struct Resources {
     pub without: u64,
 }
 
+/// How long whoever asks for counters waits for queues that start or stop, and how long between two looks.
+const COUNTERS_WAIT: Duration = Duration::from_millis(100);
+const COUNTERS_LOOK: Duration = Duration::from_micros(50);
+
 /// A virtio device as a function on the bus.
 pub struct VirtioPci {
     device: Arc<dyn Device>,
@@ -104,6 +109,8 @@ pub struct VirtioPci {
     msix: Arc<Msix>,
     announcer: Arc<Announcer>,
     shared: Shared,
+    /// The counters as they were when they were last read.
+    counted: Mutex<Vec<QueueCounters>>,
 }
 
 impl VirtioPci {
@@ -145,6 +152,7 @@ impl VirtioPci {
             msix,
             announcer,
             shared: Shared::new(shared, resources.mappings),
+            counted: Mutex::new(vec![QueueCounters::default(); count.into()]),
             device,
         })
     }
@@ -159,10 +167,24 @@ impl VirtioPci {
         self.common().control.resume();
     }
 
-    /// What the queues have counted since the device was made, by queue. Waits while queues start or stop.
+    /// What the queues have counted since the device was made, by queue. While queues start or stop, this waits; if that
+    /// takes long, and storage can make it take for ever, it is what they had counted the last time somebody asked.
     #[must_use]
     pub fn counters(&self) -> Vec<QueueCounters> {
-        self.common().control.counters()
+        let deadline = Instant::now() + COUNTERS_WAIT;
+        let common = loop {
+            match self.common.try_lock() {
+                Ok(common) => break Some(common),
+                Err(TryLockError::Poisoned(error)) => break Some(error.into_inner()),
+                Err(TryLockError::WouldBlock) if Instant::now() >= deadline => break None,
+                Err(TryLockError::WouldBlock) => std::thread::sleep(COUNTERS_LOOK),
+            }
+        };
+        let mut counted = self.counted.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(common) = common {
+            *counted = common.control.counters();
+        }
+        counted.clone()
     }
 
     fn space(&self) -> MutexGuard<'_, ConfigSpace> {

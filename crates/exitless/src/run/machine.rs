@@ -1,0 +1,68 @@
+//! The machine that was asked for.
+
+use std::num::NonZeroU16;
+use std::sync::Arc;
+use std::sync::mpsc::Sender;
+
+use anyhow::{Context, anyhow};
+use blk::Blk;
+use reactor::Pool;
+use vmm::{Config, Kernel, Machine, PciDevice};
+
+use super::console;
+use super::disk::DiskOption;
+use super::follow::Said;
+use super::options::RunOptions;
+use crate::failure::Failure;
+
+/// The machine with its disks, ready to run.
+pub(super) fn build(options: &RunOptions, pool: &Arc<Pool>, tell: Sender<Said>) -> Result<Machine, Failure> {
+    let mut disks = Vec::new();
+    for (index, disk) in disks_of(options)?.into_iter().enumerate() {
+        disks.push(PciDevice::new(Arc::new(disk), format!("disk{index}"), options.poll));
+    }
+    let machine = Machine::new(config(options, tell), disks, pool.clone());
+    machine.context("cannot build the machine").map_err(Failure::Usage)
+}
+
+fn config(options: &RunOptions, tell: Sender<Said>) -> Config {
+    let mut config = match &options.kernel {
+        Some(kernel) => Config::new(Kernel::Path(kernel.clone()), console::stream(options.json).sink()),
+        None => Config::new(Kernel::Embedded(crate::guest::ELF), Box::new(console::Lines::new(tell))),
+    };
+    config.initrd.clone_from(&options.initrd);
+    config.command_line = match &options.kernel {
+        Some(_) => options.append.clone().unwrap_or_default(),
+        None => options.job.command_line(),
+    };
+    config.memory_bytes = options.mem.0.get();
+    config.huge_pages = options.huge;
+    config.cpus = options.vcpus().into();
+    let pins = options.vcpu_cpus.as_ref().map_or(&[][..], |cpus| cpus.as_slice());
+    config.pin = pins.iter().copied().cycle().take(config.cpus).collect();
+    config.doorbells = options.doorbell;
+    config
+}
+
+/// The disks asked for; for the embedded guest's tour, those that need no file if there are none.
+fn disks_of(options: &RunOptions) -> Result<Vec<Blk>, Failure> {
+    const TOUR: [&str; 2] = ["null:8G", "mem:64M"];
+    let mut disks = options.disk.clone();
+    if disks.is_empty() && options.kernel.is_none() {
+        let parsed = TOUR.map(str::parse).into_iter().collect::<Result<_, String>>();
+        disks = parsed.map_err(|error| Failure::Runtime(anyhow!(error)))?;
+    }
+    let vcpus = NonZeroU16::new(options.vcpus()).unwrap_or(NonZeroU16::MIN);
+    disks.into_iter().map(|disk| open(disk, vcpus).map_err(Failure::Usage)).collect()
+}
+
+fn open(disk: DiskOption, queues: NonZeroU16) -> anyhow::Result<Blk> {
+    let backend = disk.backend.open(disk.read_only)?;
+    let presented = blk::Options {
+        queues: disk.queues.unwrap_or(queues).get(),
+        serial: disk.serial,
+        read_only: disk.read_only,
+        ..blk::Options::default()
+    };
+    Ok(Blk::new(backend, presented)?)
+}
