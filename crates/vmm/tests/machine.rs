@@ -150,18 +150,13 @@ fn a_kernel_that_waits_for_ever_is_stopped() {
 #[test]
 fn the_first_processor_starts_the_second() {
     if can_run() {
-        const ICR: u32 = 0xFEE0_0300;
-        const ICR_HIGH: u32 = 0xFEE0_0310;
         const TRAMPOLINE: u32 = 0x8000;
         const FLAG: u32 = 0x9000;
         let code = tiny::started_processor(b'2', FLAG as u16);
         let program = Program::new()
             .copy(&code, TRAMPOLINE)
             .write32(FLAG, 0)
-            .write32(0xFEE0_00F0, 0x1FF) // its own local APIC, on
-            .write32(ICR_HIGH, 1 << 24)
-            .write32(ICR, 0x4500) // INIT
-            .write32(ICR, 0x4600 | TRAMPOLINE >> 12) // SIPI
+            .start_second(TRAMPOLINE)
             .wait_for(FLAG, 1)
             .print("1")
             .exit(0);
