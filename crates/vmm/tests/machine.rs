@@ -5,7 +5,7 @@
 mod tiny;
 
 use std::io::Write;
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::{Arc, Condvar, Mutex, mpsc};
 use std::thread;
 use std::time::Duration;
 
@@ -129,6 +129,36 @@ fn a_kernel_that_loops_is_paused_resumed_and_stopped() {
         });
         assert!(matches!(machine.run(), Err(Error::Used)));
         assert!(!machine.pause());
+    }
+}
+
+#[test]
+fn a_machine_can_be_paused_while_it_starts() {
+    if can_run() {
+        for round in 0..20 {
+            let program = Program::new();
+            let start = program.here();
+            let mut config = config(program.jump(start), &Console::default());
+            config.cpus = 8;
+            let machine = machine(config).unwrap();
+            thread::scope(|scope| {
+                let (done, rested) = mpsc::channel();
+                let running = scope.spawn(|| machine.run());
+                let stopped = &machine;
+                let watch = scope.spawn(move || {
+                    let late = rested.recv_timeout(Duration::from_secs(60)).is_err();
+                    stopped.stop();
+                    late
+                });
+                // At another point of the start each time.
+                thread::sleep(Duration::from_micros(25 * round));
+                assert!(machine.pause());
+                machine.resume();
+                done.send(()).unwrap();
+                assert!(!watch.join().unwrap(), "it went on");
+                assert_eq!(running.join().unwrap().unwrap(), Outcome::Stopped);
+            });
+        }
     }
 }
 
