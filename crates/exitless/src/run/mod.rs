@@ -7,6 +7,7 @@ mod options;
 mod progress;
 mod report;
 
+use std::io::{self, Write};
 use std::num::NonZeroU16;
 use std::sync::Arc;
 use std::sync::mpsc::{self, RecvTimeoutError};
@@ -22,7 +23,8 @@ use vmm::{Config, Kernel, Machine, Outcome, PciDevice};
 pub(crate) use options::RunOptions;
 use options::Switch;
 
-use crate::failure::Failure;
+use crate::drain::DRAIN_MAX;
+use crate::failure::{EXIT_RUNTIME, Failure};
 use crate::stop::StopSignals;
 use disk::DiskOption;
 use guest::{JobResult, Line};
@@ -61,6 +63,10 @@ pub(crate) fn run(options: &RunOptions) -> Result<(), Failure> {
     let wait_for_signals = move || {
         if signals.wait().is_some() {
             stopped.stop();
+            // Storage or a console that takes nothing would keep it for ever.
+            thread::sleep(DRAIN_MAX);
+            let _ = writeln!(io::stderr(), "error: not at rest within {} s", DRAIN_MAX.as_secs());
+            std::process::exit(EXIT_RUNTIME.into());
         }
     };
     thread::Builder::new().name("signals".into()).spawn(wait_for_signals).context("cannot start a thread")?;
