@@ -40,9 +40,28 @@ const REGISTERS: [(u64, usize); 17] = [
     (0x3a, 2),
     (0x14, 1),
 ];
-/// What makes queue 0 of a fresh device run, given that its ring is at the start of memory: writes to REGISTERS.
-const BRING_UP: [(usize, u32); 10] =
-    [(4, 3), (1, 1), (2, 1), (4, 11), (6, 16), (9, 0), (11, 0x400), (13, 0x800), (8, 1), (4, 15)];
+/// Offsets in memory of the rings that devices are brought up with, and of buffers for their chains.
+const DESCRIPTORS: u32 = 0;
+const AVAILABLE: u32 = 0x400;
+const USED: u32 = 0x800;
+const BUFFERS: u32 = 0x4000;
+/// What makes queue 0 of a fresh device run: writes to REGISTERS.
+const BRING_UP: [(usize, u32); 10] = [
+    (4, 3),
+    (1, 1),
+    (2, 1),
+    (4, 11),
+    (6, 16),
+    (9, DESCRIPTORS),
+    (11, AVAILABLE),
+    (13, USED),
+    (8, 1),
+    (4, 15),
+];
+/// Descriptors by victim: a disk's request to read its first sector, and a buffer to be filled with entropy. Offset of
+/// the buffer, length, flags, the next one.
+const CHAINS: [&[(u32, u32, u16, u16)]; 2] =
+    [&[(0, 16, 1, 1), (0x1000, 512, 3, 2), (0x100, 1, 2, 0)], &[(0, 64, 2, 0)]];
 
 /// Runs one input: a program of accesses.
 ///
@@ -57,7 +76,7 @@ pub fn run(data: &[u8]) {
     machine.bring_up_neighbour(&driver);
     let mut steps = 0;
     while !input.is_empty() && steps < STEPS_MAX {
-        machine.step(&mut input);
+        machine.step(&mut input, &theirs);
         steps += 1;
     }
     machine.ask_neighbour(&mut driver);
@@ -70,6 +89,7 @@ pub fn run(data: &[u8]) {
 /// A bus with a disk, a source of entropy, and another of those that is left alone.
 struct Machine {
     bus: Bus,
+    victims: Vec<Arc<VirtioPci>>,
     /// The neighbour's registers and doorbells.
     registers: u64,
     doorbells: u64,
@@ -80,7 +100,7 @@ impl Machine {
         let disk = Blk::new(Arc::new(Null::new(1 << 20)), blk::Options::default()).expect("allowed options");
         let entropy = || Arc::new(rng::Rng::new(None));
         let devices: [Arc<dyn Device>; 3] = [Arc::new(disk), entropy(), entropy()];
-        let mut bus = Bus::new(Windows::default());
+        let (mut bus, mut victims) = (Bus::new(Windows::default()), Vec::new());
         // Runs may overlap, and a label is unique in its pool.
         static RUNS: AtomicU64 = AtomicU64::new(0);
         let run = RUNS.fetch_add(1, Ordering::Relaxed);
@@ -93,21 +113,60 @@ impl Machine {
                 mappings: Arc::new(Nothing),
                 without: 0,
             };
-            let device = VirtioPci::new(queues, resources).expect("a device that fits");
-            bus.add(Arc::new(device)).expect("a free slot");
+            let device = Arc::new(VirtioPci::new(queues, resources).expect("a device that fits"));
+            bus.add(device.clone()).expect("a free slot");
+            victims.push(device);
         }
         bus.assign().expect("addresses for all");
-        let mut machine = Self { bus, registers: 0, doorbells: 0 };
+        victims.truncate(VICTIMS.len());
+        let mut machine = Self { bus, victims, registers: 0, doorbells: 0 };
         machine.registers = machine.bar(NEIGHBOUR, 0);
         machine.doorbells = machine.bar(NEIGHBOUR, 1);
         VICTIMS.into_iter().chain([NEIGHBOUR]).for_each(|slot| machine.config_write(slot, 4, &[6, 0]));
         machine
     }
 
-    fn step(&self, input: &mut Input<'_>) {
+    fn step(&self, input: &mut Input<'_>, theirs: &FakeDriver) {
         let choice = input.u8();
-        let victim = VICTIMS[usize::from(choice >> 7)];
+        let index = usize::from(choice >> 7);
+        let victim = VICTIMS[index];
         let len = 1 << (choice >> 5 & 3);
+        match choice & 0x1f {
+            27 => theirs.write(GuestAddr(MEMORY_START + u64::from(input.u16() >> 2)), input.bytes(len)),
+            28 => self.offer(index, theirs, input.u8()),
+            29 => {
+                self.victims[index].pause();
+                assert_eq!(self.victims[index].counters().len(), 1);
+                self.victims[index].resume();
+            }
+            30 => {
+                // From the start, with features of the ring: the lower half from bit 24 up.
+                let (low, high) = (u32::from(input.u8()) << 24, u32::from(input.u16()));
+                let features = [(4, 0), (4, 3), (1, 0), (2, low), (1, 1), (2, high)];
+                let writes = features.iter().chain(&BRING_UP[3..]);
+                writes.for_each(|(register, value)| self.set(victim, *register, *value));
+            }
+            _ => self.access(choice, victim, len, input),
+        }
+    }
+
+    /// Makes a chain that the device understands available `times` times, and says so.
+    fn offer(&self, index: usize, theirs: &FakeDriver, times: u8) {
+        let at = |offset: u32| GuestAddr(MEMORY_START + u64::from(offset));
+        for (descriptor, (offset, len, flags, next)) in (0..).zip(CHAINS[index]) {
+            let mut bytes = at(BUFFERS + offset).0.to_le_bytes().to_vec();
+            bytes.extend(len.to_le_bytes());
+            bytes.extend([flags.to_le_bytes(), next.to_le_bytes()].concat());
+            theirs.write(at(DESCRIPTORS + 16 * descriptor), &bytes);
+        }
+        let available = theirs.read(at(AVAILABLE + 2), 2);
+        let available = u16::from_le_bytes([available[0], available[1]]).wrapping_add((times % 8).into());
+        theirs.write(at(AVAILABLE + 2), &available.to_le_bytes());
+        self.write(self.bar(VICTIMS[index], 1), &[0, 0]);
+    }
+
+    /// Makes one access.
+    fn access(&self, choice: u8, victim: u64, len: usize, input: &mut Input<'_>) {
         match choice % 9 {
             0 => self.config_write(victim, (input.u16() % 4096).into(), input.bytes(len)),
             1 => drop(self.config_read::<8>(victim, (input.u16() % 4096).into())),

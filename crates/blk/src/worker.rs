@@ -3,7 +3,7 @@
 use std::os::fd::RawFd;
 use std::sync::Arc;
 
-use reactor::{Budget, Poller, Ticks, Work};
+use reactor::{Budget, LogLimit, Poller, Ticks, Work};
 use virtio::Queue;
 use virtio::memory::{scatter, total_len};
 use virtio::ring::{Token, Used};
@@ -88,7 +88,11 @@ impl Worker {
     ) -> Self {
         let size = queue.size();
         let channel = channel().unwrap_or_else(|error| {
-            tracing::error!(queue = queue.index(), %error, "storage cannot be reached: every request will fail");
+            // A guest can start its queues as often as it likes.
+            static LIMIT: LogLimit = LogLimit::new();
+            if LIMIT.admits() {
+                tracing::error!(queue = queue.index(), %error, "storage cannot be reached: every request will fail");
+            }
             Box::new(Unreachable)
         });
         let negotiated = queue.features();

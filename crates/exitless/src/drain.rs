@@ -10,6 +10,9 @@ use std::time::Duration;
 
 use anyhow::{Context, anyhow, bail};
 
+/// How long requests in flight may take to complete when the service ends. Less than what service managers wait before
+/// they kill (systemd: 90 s), so that the reason is told.
+pub(crate) const DRAIN_MAX: Duration = Duration::from_secs(30);
 /// Control threads need no deep stacks.
 const STACK_BYTES: usize = 256 << 10;
 

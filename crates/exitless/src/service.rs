@@ -5,7 +5,6 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::chown;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
 
 use anyhow::{Context, anyhow};
 use reactor::placement::{self, Wish};
@@ -17,7 +16,7 @@ use virtio::QueueSet;
 
 use crate::control::{self, ControlSocket, DeviceInfo, DeviceStats, QueueStats, Request, Response, Stats};
 use crate::device::{AnyDevice, withheld};
-use crate::drain::ControlThreads;
+use crate::drain::{ControlThreads, DRAIN_MAX};
 use crate::failure::Failure;
 use crate::group;
 use crate::metrics::{self, MetricsSocket};
@@ -25,9 +24,6 @@ use crate::options::{DeviceOptions, ServiceOptions, SocketOptions};
 use crate::report::{Event, Ready, Reporter};
 use crate::stop::StopSignals;
 
-/// How long requests in flight may take to complete when the service ends. Less than what service managers wait before
-/// they kill (systemd: 90 s), so that the reason is told.
-const DRAIN_MAX: Duration = Duration::from_secs(30);
 /// Permissions of a socket unless told otherwise: its owner's.
 const SOCKET_MODE: u32 = 0o600;
 

@@ -1,9 +1,15 @@
 //! `exitless run` with the embedded guest, under the real KVM.
 #![allow(clippy::unwrap_used, reason = "a test that cannot be set up has failed")]
 
+use std::io::{Read, Write};
 use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
 
 use serde_json::Value;
+use tiny::Program;
+
+#[path = "../../vmm/tests/tiny/mod.rs"]
+mod tiny;
 
 fn exitless(arguments: &str) -> Output {
     let mut command = Command::new(env!("CARGO_BIN_EXE_exitless"));
@@ -94,6 +100,47 @@ fn the_tour_shows_every_disk() {
     assert!(output.status.success(), "{text}");
     assert!(text.lines().filter(|line| line.starts_with("tour")).count() >= 2, "{text}");
     assert!(text.contains("exits/req"), "{text}");
+}
+
+/// Told to end, it waits for storage and consoles, but not for ever: the limit is half a minute, and so is this test.
+#[test]
+fn a_machine_whose_console_is_stuck_ends_when_it_is_told_to() {
+    if std::env::var_os("EXITLESS_FULL").is_none() {
+        return needs::skip("half a minute of waiting, for full runs");
+    }
+    if !needs::kvm() {
+        return;
+    }
+    let program = Program::new();
+    let start = program.here();
+    let mut kernel = tempfile::NamedTempFile::new().unwrap();
+    kernel.write_all(program.print(&"x".repeat(1000)).jump(start).elf()).unwrap();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_exitless"));
+    command.arg("run").arg("--kernel").arg(kernel.path()).stdin(Stdio::null()).stderr(Stdio::piped());
+    let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
+    let mut console = child.stdout.take().unwrap();
+    console.read_exact(&mut [0; 1000]).unwrap();
+    // The pipe fills up, and nobody reads it.
+    let filled = || {
+        let bytes = rustix::io::ioctl_fionread(&console).unwrap();
+        std::thread::sleep(Duration::from_millis(200));
+        bytes > 0 && bytes == rustix::io::ioctl_fionread(&console).unwrap()
+    };
+    while !filled() {}
+    let pid = rustix::process::Pid::from_child(&child);
+    rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+    let deadline = Instant::now() + Duration::from_secs(120);
+    let status = loop {
+        if let Some(status) = child.try_wait().unwrap() {
+            break status;
+        }
+        if Instant::now() > deadline {
+            child.kill().unwrap();
+            panic!("it does not end");
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    };
+    assert_eq!(status.code(), Some(1));
 }
 
 #[test]

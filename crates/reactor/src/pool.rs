@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex};
 use crate::book::{Book, Lease, lock};
 use crate::cpus::Machine;
 use crate::handle::Seat;
+use crate::log_limit::LogLimit;
 use crate::placement::{self, Warning, Wish};
 use crate::policy::Mode;
 use crate::record::PollerState;
@@ -45,6 +46,8 @@ pub struct Pool {
     prefix: String,
     budget: Budget,
     pin: bool,
+    /// A guest can have its queues placed as often as it likes.
+    degraded: LogLimit,
 }
 
 /// What one I/O thread does and has done.
@@ -101,6 +104,7 @@ impl Pool {
             prefix,
             budget: options.budget,
             pin: options.pin,
+            degraded: LogLimit::new(),
         })
     }
 
@@ -120,7 +124,9 @@ impl Pool {
         let thread = self.thread(lease.seat())?;
         if lease.mode() != mode {
             let pollers_max = lock(&self.book).layout.pollers_max;
-            tracing::warn!("{}", Warning::Degraded { group: group.to_owned(), pollers_max });
+            if self.degraded.admits() {
+                tracing::warn!("{}", Warning::Degraded { group: group.to_owned(), pollers_max });
+            }
         }
         Ok(Seat { thread, lease })
     }

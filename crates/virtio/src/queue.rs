@@ -5,7 +5,7 @@
 //! [`QueueHandle`], stays with the transport: it replaces the call while the queue runs, and tells where the ring
 //! stands once the queue is gone.
 //!
-//! A broken ring breaks the queue: it takes no more chains, says why once (log, handle, the transport's hook), and
+//! A broken ring breaks the queue: it takes no more chains, says why once (handle, the transport's hook), and
 //! goes on completing what is in flight. So does a driver that makes a call block.
 
 use std::collections::VecDeque;
@@ -351,11 +351,10 @@ impl Queue {
     #[cold]
     pub fn break_ring(&mut self, error: RingError) {
         self.broken = true;
-        if self.shared.error.set(error).is_ok() {
-            tracing::warn!(queue = self.index, %error, "queue stopped");
-            if let Some(hook) = self.on_error.take() {
-                hook(&error);
-            }
+        if self.shared.error.set(error).is_ok()
+            && let Some(hook) = self.on_error.take()
+        {
+            hook(&error);
         }
     }
 

@@ -2,12 +2,12 @@
 
 use std::sync::Arc;
 
-use reactor::{Mode, PollerHandle, PollerState, Pool};
+use reactor::{LogLimit, Mode, PollerHandle, PollerState, Pool};
 
 use crate::call::Call;
 use crate::device::{Device, NotReady};
 use crate::kick::Kick;
-use crate::queue::{Queue, QueueConfig, QueueHandle};
+use crate::queue::{ErrorHook, Queue, QueueConfig, QueueHandle};
 use crate::ring::{RingError, RingState};
 use crate::stats::QueueCounters;
 
@@ -79,6 +79,8 @@ pub struct QueueSet {
     running: Vec<Option<Running>>,
     /// By queue: what it counted in its earlier lives.
     past: Vec<QueueCounters>,
+    /// A driver can break its rings as often as it likes.
+    broken: Arc<LogLimit>,
 }
 
 impl QueueSet {
@@ -88,7 +90,7 @@ impl QueueSet {
     pub fn new(device: Arc<dyn Device>, pool: Arc<Pool>, mode: Mode, label: impl Into<String>) -> Self {
         let running: Vec<_> = (0..device.queues()).map(|_| None).collect();
         let past = vec![QueueCounters::default(); running.len()];
-        Self { device, pool, mode, label: label.into(), running, past }
+        Self { device, pool, mode, label: label.into(), running, past, broken: Arc::default() }
     }
 
     /// The device.
@@ -101,8 +103,9 @@ impl QueueSet {
     ///
     /// # Errors
     /// See [`StartError`]; nothing runs then that did not run before.
-    pub fn start(&mut self, config: QueueConfig) -> Result<(), StartError> {
+    pub fn start(&mut self, mut config: QueueConfig) -> Result<(), StartError> {
         let (index, size) = (config.index, config.ring.size);
+        config.on_error = Some(self.on_error(index, config.on_error.take()));
         let no_such_queue = StartError::NoSuchQueue { index, queues: self.device.queues() };
         let place = self.running.get_mut(usize::from(index)).ok_or(no_such_queue)?;
         if place.is_some() {
@@ -200,6 +203,19 @@ impl QueueSet {
         let mut counters = *self.past.get(usize::from(index))?;
         counters += self.counters(index).unwrap_or_default();
         Some(counters)
+    }
+
+    /// What becomes of a ring that breaks: it is logged, and the transport is told.
+    fn on_error(&self, queue: u16, hook: Option<ErrorHook>) -> ErrorHook {
+        let (device, limit) = (self.label.clone(), self.broken.clone());
+        Box::new(move |error| {
+            if limit.admits() {
+                tracing::warn!(device, queue, %error, "queue stopped");
+            }
+            if let Some(hook) = hook {
+                hook(error);
+            }
+        })
     }
 
     fn get(&self, index: u16) -> Option<&Running> {

@@ -24,7 +24,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
-use reactor::Clock;
+use reactor::{Clock, LogLimit};
 use virtio::GuestAddr;
 use virtio::memory::{Area, Backing};
 use vmm_sys_util::eventfd::EventFd;
@@ -196,7 +196,10 @@ impl Doorbell {
         let began = Clock::get().now();
         if let Err(error) = state.slot.hide() {
             // Its writes would go unseen. A ring on every turn keeps the thread awake, and the queue served.
-            tracing::error!(%error, "cannot unmap a doorbell; its queue is polled instead");
+            static LIMIT: LogLimit = LogLimit::new();
+            if LIMIT.admits() {
+                tracing::error!(%error, "cannot unmap a doorbell; its queue is polled instead");
+            }
             return true;
         }
         let unmap_ns = Clock::get().now().since_ns(began);

@@ -121,8 +121,10 @@ impl Machine {
         let vcpus = lock(&self.waiting).take().ok_or(Error::Used)?;
         let mut result = Ok(());
         for vcpu in vcpus {
+            // Whoever wants to kick all waits until the one that is being started can be.
+            let mut running = lock(&self.running);
             match vcpu.start(self.buses.clone(), self.power.clone()) {
-                Ok(running) => lock(&self.running).push(running),
+                Ok(started) => running.push(started),
                 Err(error) => {
                     self.power.end(Outcome::Stopped);
                     result = Err(error);

@@ -5,7 +5,7 @@
 mod tiny;
 
 use std::io::Write;
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::{Arc, Condvar, Mutex, mpsc};
 use std::thread;
 use std::time::Duration;
 
@@ -58,17 +58,6 @@ fn machine(config: Config) -> Result<Machine, Error> {
     Machine::new(config, Vec::new(), Arc::new(Pool::start(Options::default()).unwrap()))
 }
 
-/// Whether machines can be run here; says so if not.
-fn can_run() -> bool {
-    match vmm::check() {
-        Ok(()) => true,
-        Err(error) => {
-            eprintln!("skipped: {error}");
-            false
-        }
-    }
-}
-
 /// Runs a program to its end; what it printed and how it ended.
 fn run(program: Program) -> (String, Outcome) {
     let console = Console::default();
@@ -78,7 +67,7 @@ fn run(program: Program) -> (String, Outcome) {
 
 #[test]
 fn a_kernel_prints_and_ends_with_its_status() {
-    if can_run() {
+    if needs::kvm() {
         let (text, outcome) = run(Program::new().print("hello from the guest\n").exit(42));
         assert_eq!((text.as_str(), outcome), ("hello from the guest\n", Outcome::Exit(42)));
     }
@@ -86,7 +75,7 @@ fn a_kernel_prints_and_ends_with_its_status() {
 
 #[test]
 fn a_kernel_gets_its_command_line() {
-    if can_run() {
+    if needs::kvm() {
         let console = Console::default();
         let mut config = config(Program::new().print_command_line(9).exit(0), &console);
         config.command_line = "job=blk x".to_owned();
@@ -97,7 +86,7 @@ fn a_kernel_gets_its_command_line() {
 
 #[test]
 fn every_way_to_end_is_told_from_the_others() {
-    if can_run() {
+    if needs::kvm() {
         assert_eq!(run(Program::new().out8(0x64, 0xFE).halt()).1, Outcome::Reset, "keyboard controller");
         assert_eq!(run(Program::new().out8(0xCF9, 6).halt()).1, Outcome::Reset, "reset register");
         assert_eq!(run(Program::new().triple_fault()).1, Outcome::Reset, "triple fault");
@@ -108,7 +97,7 @@ fn every_way_to_end_is_told_from_the_others() {
 
 #[test]
 fn a_kernel_that_loops_is_paused_resumed_and_stopped() {
-    if can_run() {
+    if needs::kvm() {
         let program = Program::new();
         let start = program.here();
         let console = Console::default();
@@ -133,8 +122,38 @@ fn a_kernel_that_loops_is_paused_resumed_and_stopped() {
 }
 
 #[test]
+fn a_machine_can_be_paused_while_it_starts() {
+    if needs::kvm() {
+        for round in 0..20 {
+            let program = Program::new();
+            let start = program.here();
+            let mut config = config(program.jump(start), &Console::default());
+            config.cpus = 8;
+            let machine = machine(config).unwrap();
+            thread::scope(|scope| {
+                let (done, rested) = mpsc::channel();
+                let running = scope.spawn(|| machine.run());
+                let stopped = &machine;
+                let watch = scope.spawn(move || {
+                    let late = rested.recv_timeout(Duration::from_secs(60)).is_err();
+                    stopped.stop();
+                    late
+                });
+                // At another point of the start each time.
+                thread::sleep(Duration::from_micros(25 * round));
+                assert!(machine.pause());
+                machine.resume();
+                done.send(()).unwrap();
+                assert!(!watch.join().unwrap(), "it went on");
+                assert_eq!(running.join().unwrap().unwrap(), Outcome::Stopped);
+            });
+        }
+    }
+}
+
+#[test]
 fn a_kernel_that_waits_for_ever_is_stopped() {
-    if can_run() {
+    if needs::kvm() {
         let console = Console::default();
         let machine = machine(config(Program::new().print("x").halt(), &console)).unwrap();
         thread::scope(|scope| {
@@ -149,19 +168,14 @@ fn a_kernel_that_waits_for_ever_is_stopped() {
 
 #[test]
 fn the_first_processor_starts_the_second() {
-    if can_run() {
-        const ICR: u32 = 0xFEE0_0300;
-        const ICR_HIGH: u32 = 0xFEE0_0310;
+    if needs::kvm() {
         const TRAMPOLINE: u32 = 0x8000;
         const FLAG: u32 = 0x9000;
         let code = tiny::started_processor(b'2', FLAG as u16);
         let program = Program::new()
             .copy(&code, TRAMPOLINE)
             .write32(FLAG, 0)
-            .write32(0xFEE0_00F0, 0x1FF) // its own local APIC, on
-            .write32(ICR_HIGH, 1 << 24)
-            .write32(ICR, 0x4500) // INIT
-            .write32(ICR, 0x4600 | TRAMPOLINE >> 12) // SIPI
+            .start_second(TRAMPOLINE)
             .wait_for(FLAG, 1)
             .print("1")
             .exit(0);
@@ -177,7 +191,7 @@ fn the_first_processor_starts_the_second() {
 
 #[test]
 fn what_is_typed_reaches_the_guest() {
-    if can_run() {
+    if needs::kvm() {
         const LINE_STATUS: u16 = 0x3FD;
         let console = Console::default();
         let program =
@@ -192,7 +206,7 @@ fn what_is_typed_reaches_the_guest() {
 
 #[test]
 fn what_the_guest_marks_is_measured_and_exits_are_counted_by_reason() {
-    if can_run() {
+    if needs::kvm() {
         let mut program = Program::new().out8(0x80, 0).out8(0x502, 1);
         for _ in 0..100 {
             program = program.out8(0x80, 0);
@@ -214,7 +228,7 @@ fn what_the_guest_marks_is_measured_and_exits_are_counted_by_reason() {
 
 #[test]
 fn what_cannot_be_booted_is_refused_with_a_reason() {
-    if can_run() {
+    if needs::kvm() {
         let console = Console::default();
         let refused = |change: &dyn Fn(&mut Config)| {
             let mut config = config(Program::new().exit(0), &console);

@@ -11,22 +11,27 @@ use super::{Said, guest};
 
 /// The longest line that is kept, in bytes; what follows on it is dropped.
 const LINE_BYTES_MAX: usize = 4096;
+/// The most lines that are kept: a job prints one or two.
+const LINES_MAX: usize = 10_000;
 
 /// Understands what the embedded guest prints, and passes on to stderr what is not for the program.
 pub(super) struct Lines {
     tell: Sender<Said>,
     line: Vec<u8>,
+    told: usize,
 }
 
 impl Lines {
     pub(super) fn new(tell: Sender<Said>) -> Self {
-        Self { tell, line: Vec::new() }
+        Self { tell, line: Vec::new(), told: 0 }
     }
 
     fn end_line(&mut self) {
         let line = String::from_utf8_lossy(&self.line);
         match guest::parse(&line) {
+            Some(_) if self.told == LINES_MAX => {}
             Some(said) => {
+                self.told += 1;
                 let _ = self.tell.send(Said::Line(said));
             }
             None if line.trim().is_empty() => {}
@@ -117,6 +122,14 @@ mod tests {
         let Ok(Said::Line(Line::Error(error))) = said.try_recv() else { panic!("no line") };
         assert_eq!(error, "ab");
         assert!(said.try_recv().is_err());
+    }
+
+    #[test]
+    fn lines_without_end_take_no_memory() {
+        let (tell, said) = mpsc::channel();
+        let mut lines = Lines::new(tell);
+        (0..2 * LINES_MAX).for_each(|_| lines.write_all(b"{\"error\":\"\"}\n").unwrap());
+        assert_eq!(said.try_iter().count(), LINES_MAX);
     }
 
     #[test]

@@ -10,7 +10,7 @@ use super::guest::{JobResult, Line};
 use super::options::RunOptions;
 use super::progress::Progress;
 use super::report::{Measured, Report};
-use super::silence::{PATIENCE, Silence, Verdict};
+use super::silence::{Silence, Verdict};
 
 /// How often it is looked after a guest that says nothing.
 const LOOK: Duration = Duration::from_secs(1);
@@ -25,12 +25,15 @@ pub(super) enum Said {
 
 /// Collects what the embedded guest says, each result with what the machine counted meanwhile, until the machine has
 /// ended; false if it does not.
-pub(super) fn follow(machine: &Machine, said: &Receiver<Said>, options: &RunOptions) -> (Report, bool) {
+pub(super) fn follow(
+    machine: &Machine,
+    said: &Receiver<Said>,
+    options: &RunOptions,
+    mut silence: Option<Silence>,
+) -> (Report, bool) {
     let mut report = Report::new(options);
     let console = options.kernel.as_ref().map(|_| console::stream(options.json));
     let mut progress = Progress::new(options.quiet, console, machine.snapshot());
-    let job = Duration::from_millis(options.job.seconds.0.get().into());
-    let mut silence = options.kernel.is_none().then(|| Silence::new(job, PATIENCE));
     let ended = loop {
         let wait = if silence.is_some() { progress.wait().min(LOOK) } else { progress.wait() };
         let event = said.recv_timeout(wait);
@@ -43,7 +46,8 @@ pub(super) fn follow(machine: &Machine, said: &Receiver<Said>, options: &RunOpti
             Ok(Said::Line(Line::Error(error))) => report.errors.push(error),
             Err(RecvTimeoutError::Timeout) => {
                 let counted = machine.snapshot();
-                let verdict = silence.as_mut().map(|silence| silence.look(counted.requests(), Instant::now()));
+                let verdict =
+                    silence.as_mut().map(|silence| silence.look(counted.requests(), Instant::now()));
                 progress.show(counted);
                 match verdict {
                     None | Some(Verdict::Wait) => {}

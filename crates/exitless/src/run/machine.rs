@@ -25,7 +25,8 @@ pub(super) fn build(options: &RunOptions, pool: &Arc<Pool>, tell: Sender<Said>) 
     machine.context("cannot build the machine").map_err(Failure::Usage)
 }
 
-fn config(options: &RunOptions, tell: Sender<Said>) -> Config {
+/// What is told to the monitor, and to the guest.
+pub(super) fn config(options: &RunOptions, tell: Sender<Said>) -> Config {
     let mut config = match &options.kernel {
         Some(kernel) => Config::new(Kernel::Path(kernel.clone()), console::stream(options.json).sink()),
         None => Config::new(Kernel::Embedded(crate::guest::ELF), Box::new(console::Lines::new(tell))),
@@ -45,7 +46,7 @@ fn config(options: &RunOptions, tell: Sender<Said>) -> Config {
 }
 
 /// The disks asked for; for the embedded guest's tour, those that need no file if there are none.
-fn disks_of(options: &RunOptions) -> Result<Vec<Blk>, Failure> {
+pub(super) fn disks_of(options: &RunOptions) -> Result<Vec<Blk>, Failure> {
     const TOUR: [&str; 2] = ["null:8G", "mem:64M"];
     let mut disks = options.disk.clone();
     if disks.is_empty() && options.kernel.is_none() {

@@ -18,6 +18,7 @@ mod tests;
 use std::io::{self, Write};
 use std::sync::{Arc, mpsc};
 use std::thread;
+use std::time::Duration;
 
 use anyhow::{Context, anyhow};
 use reactor::Pool;
@@ -32,6 +33,7 @@ use crate::metrics::{self, MetricsSocket, MetricsThread};
 use crate::stop::StopSignals;
 use follow::{Said, follow};
 use report::Report;
+use silence::{PATIENCE, Silence};
 use terminal::Loan;
 
 /// Runs the machine until its guest ends it, or somebody else does, and prints what was measured.
@@ -72,7 +74,9 @@ pub(crate) fn run(options: &RunOptions) -> Result<(), Failure> {
         keyboard::start(&machine, terminal)?;
     }
 
-    let (mut report, ended) = follow(&machine, &said, options);
+    let job = Duration::from_millis(options.job.seconds.0.get().into());
+    let silence = options.kernel.is_none().then(|| Silence::new(job, PATIENCE));
+    let (mut report, ended) = follow(&machine, &said, options, silence);
     if !ended {
         // Its threads end with this process.
         crate::print(report.text(options.json).as_bytes())?;

@@ -4,10 +4,13 @@ use std::io::Write;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 
+use blk::Blk;
 use clap::Parser;
 use reactor::{Budget, Poller, Ticks, Work};
 use virtio::{Call, Device, NotReady, PollerBuilder, Queue};
+use vmm::PciDevice;
 
+use super::machine::{config, disks_of};
 use super::*;
 use crate::cli::{Cli, Command};
 

@@ -1,4 +1,8 @@
 //! Memory by physical address. The first 4 GiB are mapped where they are, so an address is a pointer.
+//!
+//! All of it may be read and written at any time: the image maps it before Rust code runs, and never takes it away. What
+//! of it belongs to the program is reached by addresses only that `heap` gave out for devices, or the image names.
+#![allow(unsafe_code)]
 
 use alloc::sync::Arc;
 use alloc::vec;
@@ -15,7 +19,8 @@ pub(super) const IDENTITY_END: u64 = 1 << 32;
 
 struct Identity;
 
-impl Backing for Identity {
+// SAFETY: see the header.
+unsafe impl Backing for Identity {
     fn base(&self) -> NonNull<u8> {
         NonNull::new(with_exposed_provenance_mut(FIRST as usize)).unwrap_or(NonNull::dangling())
     }
@@ -77,7 +82,8 @@ impl Tables {
 #[cfg(test)]
 pub(crate) fn sample(start: u64, bytes: &[u8]) -> Tables {
     struct Bytes(std::boxed::Box<[u64]>, usize);
-    impl Backing for Bytes {
+    // SAFETY: the words live as long as the value, and nothing but tables is read there.
+    unsafe impl Backing for Bytes {
         fn base(&self) -> NonNull<u8> {
             NonNull::from(&*self.0).cast()
         }

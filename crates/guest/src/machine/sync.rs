@@ -6,6 +6,7 @@
 
 use core::cell::UnsafeCell;
 use core::hint::spin_loop;
+use core::marker::PhantomData;
 use core::ops::{Deref, DerefMut};
 use core::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
@@ -29,7 +30,7 @@ impl<T> Spin<T> {
         while self.taken.swap(true, Ordering::Acquire) {
             spin_loop();
         }
-        SpinGuard { lock: self }
+        SpinGuard { lock: self, _value: PhantomData }
     }
 
     /// The value, when nobody shares it any more.
@@ -39,8 +40,16 @@ impl<T> Spin<T> {
 }
 
 /// The value of a [`Spin`], given back when dropped.
+///
+/// ```compile_fail,E0277
+/// fn share<T: Sync>(_: T) {}
+/// let cell = exitless_guest::machine::sync::Spin::new(std::cell::Cell::new(0));
+/// share(cell.lock());
+/// ```
 pub struct SpinGuard<'a, T> {
     lock: &'a Spin<T>,
+    /// It is shared between processors as the value may be, not as the lock may.
+    _value: PhantomData<&'a mut T>,
 }
 
 impl<T> Deref for SpinGuard<'_, T> {

@@ -131,7 +131,9 @@ impl Mapping {
     }
 }
 
-impl Backing for Mapping {
+// SAFETY: `new` mapped `map_len` bytes for reading and writing, of which these are a part; `drop` alone unmaps them, and
+// what mends a lost page puts another in its place.
+unsafe impl Backing for Mapping {
     fn base(&self) -> NonNull<u8> {
         // SAFETY: `skip` bytes lie before the `len` bytes asked for, inside the mapping.
         unsafe { self.map.add(self.skip) }

@@ -7,6 +7,7 @@
 //! a piece of a buffer that bytes are copied to and from (or that the kernel is pointed at).
 
 mod area;
+mod backing;
 #[cfg(feature = "std")]
 mod dirty;
 #[cfg(feature = "std")]
@@ -24,6 +25,7 @@ use alloc::{boxed::Box, sync::Arc, vec::Vec};
 use core::fmt;
 
 pub use area::Area;
+pub use backing::Backing;
 #[cfg(feature = "std")]
 pub use dirty::{DirtyLog, LOG_PAGE_BYTES};
 #[cfg(feature = "std")]
@@ -45,26 +47,6 @@ pub struct GuestAddr(pub u64);
 impl fmt::Display for GuestAddr {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{:#x}", self.0)
-    }
-}
-
-/// What keeps the host side of a region mapped.
-pub trait Backing: Send + Sync {
-    /// Address of the first byte in this process. It stays mapped, readable and writable, for `len` bytes and for
-    /// as long as the value lives.
-    fn base(&self) -> core::ptr::NonNull<u8>;
-
-    /// Bytes that are mapped.
-    fn len(&self) -> usize;
-
-    /// Whether nothing is mapped.
-    fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
-
-    /// The memory behind the mapping has been taken away (its file was truncated); what is read there is zeros.
-    fn is_poisoned(&self) -> bool {
-        false
     }
 }
 

@@ -70,6 +70,23 @@ impl Program {
         self.bytes(&[0x66, 0xB8, a, b, 0x66, 0xBA, low, high, 0x66, 0xEF])
     }
 
+    /// Writes 32 bits to a port.
+    pub(crate) fn out32(self, port: u16, value: u32) -> Self {
+        let [low, high] = port.to_le_bytes();
+        self.bytes(&[0xB8]).word(value).bytes(&[0x66, 0xBA, low, high, 0xEF])
+    }
+
+    /// Reads 1, 2 or 4 bytes from a port, for nothing.
+    pub(crate) fn read_port(self, port: u16, bytes: usize) -> Self {
+        let [low, high] = port.to_le_bytes();
+        let program = self.bytes(&[0x66, 0xBA, low, high]); // mov dx, port
+        match bytes {
+            1 => program.bytes(&[0xEC]),
+            2 => program.bytes(&[0x66, 0xED]),
+            _ => program.bytes(&[0xED]),
+        }
+    }
+
     /// Reads a byte from a port and prints it.
     pub(crate) fn print_port(self, port: u16) -> Self {
         let [low, high] = port.to_le_bytes();
@@ -94,6 +111,31 @@ impl Program {
         self.bytes(&[0x66, 0xC7, 0x05]).word(address).bytes(&value.to_le_bytes())
     }
 
+    /// Writes 8 bits.
+    pub(crate) fn write8(self, address: u32, value: u8) -> Self {
+        self.bytes(&[0xC6, 0x05]).word(address).bytes(&[value])
+    }
+
+    /// Reads 1, 2 or 4 bytes, for nothing.
+    pub(crate) fn read(self, address: u32, bytes: usize) -> Self {
+        match bytes {
+            1 => self.bytes(&[0xA0]).word(address),
+            2 => self.bytes(&[0x66, 0xA1]).word(address),
+            _ => self.bytes(&[0xA1]).word(address),
+        }
+    }
+
+    /// Adds to 32 bits.
+    pub(crate) fn add(self, address: u32, value: u32) -> Self {
+        self.bytes(&[0x81, 0x05]).word(address).word(value)
+    }
+
+    /// Fills 32-bit words.
+    pub(crate) fn fill(self, address: u32, words: u32, value: u32) -> Self {
+        let program = self.bytes(&[0xBF]).word(address).bytes(&[0xB9]).word(words); // mov edi, address; mov ecx, words
+        program.bytes(&[0xB8]).word(value).bytes(&[0xFC, 0xF3, 0xAB]) // mov eax, value; cld; rep stosd
+    }
+
     /// Adds 1 to 32 bits.
     pub(crate) fn increment(self, address: u32) -> Self {
         self.bytes(&[0xFF, 0x05]).word(address)
@@ -103,6 +145,20 @@ impl Program {
     pub(crate) fn wait_until_equal(self, a: u32, b: u32) -> Self {
         let start = self.here();
         self.bytes(&[0xA1]).word(a).bytes(&[0x3B, 0x05]).word(b).jump_if_not_equal(start) // mov eax, [a]; cmp eax, [b]
+    }
+
+    /// Waits until two words of 16 bits are equal.
+    pub(crate) fn wait_until_equal16(self, a: u32, b: u32) -> Self {
+        let start = self.here();
+        let program = self.bytes(&[0x66, 0xA1]).word(a); // mov ax, [a]
+        program.bytes(&[0x66, 0x3B, 0x05]).word(b).jump_if_not_equal(start) // cmp ax, [b]
+    }
+
+    /// Ends the machine with a status unless two words are equal.
+    pub(crate) fn exit_unless_equal(self, a: u32, b: u32, status: u8) -> Self {
+        let end = Self::new().exit(status).0;
+        let program = self.bytes(&[0xA1]).word(a).bytes(&[0x3B, 0x05]).word(b); // mov eax, [a]; cmp eax, [b]
+        program.bytes(&[0x0F, 0x84]).word(end.len() as u32).bytes(&end) // je over
     }
 
     /// Waits until a word has a value.
@@ -125,6 +181,20 @@ impl Program {
     pub(crate) fn jump(self, to: u32) -> Self {
         let next = self.here() + 5;
         self.bytes(&[0xE9]).word(to.wrapping_sub(next))
+    }
+
+    /// Begins a part that is jumped over; the number is for [`Program::land`].
+    pub(crate) fn skip(self) -> (Self, usize) {
+        let program = self.bytes(&[0xE9]).word(0);
+        let from = program.0.len();
+        (program, from)
+    }
+
+    /// Where [`Program::skip`] leads.
+    pub(crate) fn land(mut self, from: usize) -> Self {
+        let distance = (self.0.len() - from) as u32;
+        self.0[from - 4..from].copy_from_slice(&distance.to_le_bytes());
+        self
     }
 
     /// Copies `code` to `to`.
@@ -158,6 +228,46 @@ impl Program {
     pub(crate) fn elf_without_note(self) -> &'static [u8] {
         Box::leak(elf(&self.0, false).into_boxed_slice())
     }
+}
+
+/// The registers of the local APIC by which one processor starts another.
+const ICR: u32 = 0xFEE0_0300;
+const ICR_HIGH: u32 = 0xFEE0_0310;
+
+impl Program {
+    /// Starts the second processor in real mode at the start of a page below 1 MiB.
+    pub(crate) fn start_second(self, trampoline: u32) -> Self {
+        self.write32(0xFEE0_00F0, 0x1FF) // its own local APIC, on
+            .write32(ICR_HIGH, 1 << 24)
+            .write32(ICR, 0x4500) // INIT
+            .write32(ICR, 0x4600 | trampoline >> 12) // SIPI
+    }
+}
+
+/// Real-mode code for the page at `page`, below 64 KiB, that goes on at `entry` in flat 32-bit mode.
+pub(crate) fn to_protected_mode(page: u16, entry: u32) -> Vec<u8> {
+    const GDT_POINTER: u16 = 0x40;
+    const GDT: u16 = 0x48;
+    const CODE: u64 = 0x00CF_9B00_0000_FFFF;
+    const DATA: u64 = 0x00CF_9300_0000_FFFF;
+    let [low, high] = (page + GDT_POINTER).to_le_bytes();
+    let mut code = vec![0xFA, 0x31, 0xC0, 0x8E, 0xD8]; // cli; xor ax, ax; mov ds, ax
+    code.extend([0x66, 0x0F, 0x01, 0x16, low, high]); // lgdt [pointer]
+    code.extend([0x0F, 0x20, 0xC0, 0x66, 0x83, 0xC8, 1, 0x0F, 0x22, 0xC0]); // mov eax, cr0; or eax, 1; mov cr0, eax
+    let next = u32::from(page) + code.len() as u32 + 8;
+    code.extend([0x66, 0xEA]); // jmp 8:next
+    code.extend(next.to_le_bytes());
+    code.extend([8, 0]);
+    code.extend([0x66, 0xB8, 16, 0, 0x8E, 0xD8, 0x8E, 0xC0, 0x8E, 0xD0]); // mov ax, 16; mov ds, es and ss, ax
+    let after = u32::from(page) + code.len() as u32 + 5;
+    code.push(0xE9); // jmp entry
+    code.extend(entry.wrapping_sub(after).to_le_bytes());
+    code.resize(GDT_POINTER.into(), 0);
+    code.extend((3 * 8 - 1u16).to_le_bytes());
+    code.extend(u32::from(page + GDT).to_le_bytes());
+    code.resize(GDT.into(), 0);
+    code.extend([0, CODE, DATA].map(u64::to_le_bytes).as_flattened());
+    code
 }
 
 /// Real-mode code of a processor that was just started: prints a letter on the serial port, then sets the byte at

@@ -2,6 +2,7 @@
 #![allow(unsafe_code)]
 
 use io_uring::IoUring;
+use reactor::LogLimit;
 use virtio::Memory;
 
 use crate::data::Piece;
@@ -48,7 +49,11 @@ impl FixedBuffers {
         vectors.sort_unstable_by_key(|v| v.iov_base.addr());
         // SAFETY: the ranges are mapped, and the owner of the ring keeps them so for as long as the ring exists.
         if let Err(error) = unsafe { uring.submitter().register_buffers(&vectors) } {
-            tracing::warn!(%error, "guest memory cannot be pinned: going on without");
+            // A guest can start its queues as often as it likes.
+            static LIMIT: LogLimit = LogLimit::new();
+            if LIMIT.admits() {
+                tracing::warn!(%error, "guest memory cannot be pinned: going on without");
+            }
             return None;
         }
         let buffers: Box<[Buffer]> = vectors

@@ -7,9 +7,8 @@ use std::collections::VecDeque;
 use std::os::fd::{AsRawFd, RawFd};
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Instant;
 
+use reactor::LogLimit;
 use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
 use virtio::Memory;
@@ -242,18 +241,14 @@ impl Channel for Uring {
     }
 }
 
-/// Logs why an operation failed, at most once a second, and says how to answer it.
+/// Logs why an operation failed, and says how to answer it.
 #[cold]
 pub(super) fn report(path: &Path, op: &Op, error: Errno) -> Status {
-    static LAST_MS: AtomicU64 = AtomicU64::new(0);
-    static START: std::sync::OnceLock<Instant> = std::sync::OnceLock::new();
+    static LIMIT: LogLimit = LogLimit::new();
     if error == Errno::OPNOTSUPP {
         return Status::Unsupported;
     }
-    let now_ms = START.get_or_init(Instant::now).elapsed().as_millis() as u64 + 1_000;
-    let last_ms = LAST_MS.load(Ordering::Relaxed);
-    let due = now_ms - last_ms >= 1_000;
-    if due && LAST_MS.compare_exchange(last_ms, now_ms, Ordering::Relaxed, Ordering::Relaxed).is_ok() {
+    if LIMIT.admits() {
         tracing::warn!(path = %path.display(), kind = ?op.kind, offset = op.offset, len = op.len, %error, "request failed");
     }
     Status::IoError

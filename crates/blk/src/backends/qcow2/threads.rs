@@ -11,6 +11,7 @@ use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, PoisonError};
 use std::thread::JoinHandle;
 
+use reactor::LogLimit;
 use rustix::event::{EventfdFlags, eventfd};
 
 use super::Image;
@@ -119,6 +120,9 @@ impl Drop for Threads {
     }
 }
 
+/// Storage can refuse every request that a guest makes.
+static FAILED: LogLimit = LogLimit::new();
+
 fn serve(image: &Image, jobs: &Receiver<Job>, done: &SyncSender<Finished>, bell: &Bell) {
     while let Ok(mut job) = jobs.recv() {
         // A malformed image may trip the library; that is an error of the request, not of the service.
@@ -127,11 +131,15 @@ fn serve(image: &Image, jobs: &Receiver<Job>, done: &SyncSender<Finished>, bell:
             Ok(Ok(())) => Status::Ok,
             Ok(Err(error)) if error.kind() == io::ErrorKind::Unsupported => Status::Unsupported,
             Ok(Err(error)) => {
-                tracing::warn!(path = %image.path.display(), kind = ?job.kind, job.offset, job.len, %error, "request failed");
+                if FAILED.admits() {
+                    tracing::warn!(path = %image.path.display(), kind = ?job.kind, job.offset, job.len, %error, "request failed");
+                }
                 Status::IoError
             }
             Err(_) => {
-                tracing::error!(path = %image.path.display(), kind = ?job.kind, job.offset, job.len, "request panicked");
+                if FAILED.admits() {
+                    tracing::error!(path = %image.path.display(), kind = ?job.kind, job.offset, job.len, "request panicked");
+                }
                 Status::IoError
             }
         };

@@ -3,6 +3,7 @@
 use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use reactor::LogLimit;
 use virtio::{GuestAddr, SharedMemory};
 
 use crate::pci::{Mappings, Registration};
@@ -13,11 +14,13 @@ pub(crate) struct Shared {
     /// By offset in the BAR.
     regions: Vec<(u64, SharedMemory)>,
     mapped: Mutex<Vec<Registration>>,
+    /// A guest can move the BAR as often as it likes.
+    failed: LogLimit,
 }
 
 impl Shared {
     pub(crate) fn new(regions: Vec<(u64, SharedMemory)>, mappings: Arc<dyn Mappings>) -> Self {
-        Self { mappings, regions, mapped: Mutex::default() }
+        Self { mappings, regions, mapped: Mutex::default(), failed: LogLimit::new() }
     }
 
     /// The BAR has moved.
@@ -29,7 +32,10 @@ impl Shared {
             let addr = GuestAddr(bar.0 + offset);
             match self.mappings.map(addr, region.file.as_fd(), region.len) {
                 Ok(registration) => mapped.push(registration),
-                Err(error) => tracing::warn!(id = region.id, %addr, %error, "shared memory not mapped"),
+                Err(error) if self.failed.admits() => {
+                    tracing::warn!(id = region.id, %addr, %error, "shared memory not mapped");
+                }
+                Err(_) => {}
             }
         }
     }
