@@ -181,7 +181,7 @@ impl Lane {
         while count < slots.len() {
             let Some(completion) = self.ring.reap().context("the server broke the ring")? else { break };
             let slot = self.slot_of[usize::from(completion.id)];
-            self.front.prefetch(usize::from(slot) * SLOT_BYTES);
+            self.front.prefetch_for_write(usize::from(slot) * SLOT_BYTES);
             slots[count] = slot;
             count += 1;
         }

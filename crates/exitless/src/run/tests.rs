@@ -139,18 +139,7 @@ fn job(fault: &Fault, arguments: &str, patience: Duration) -> (Report, bool) {
 /// One at a time, if there is KVM at all.
 fn turn() -> Option<std::sync::MutexGuard<'static, ()>> {
     static TURN: Mutex<()> = Mutex::new(());
-    match vmm::check() {
-        Ok(()) => Some(TURN.lock().unwrap_or_else(PoisonError::into_inner)),
-        Err(error) => {
-            let line = format!("skipped: run::tests: {error}");
-            println!("{line}");
-            if let Some(list) = std::env::var_os("EXITLESS_SKIPS") {
-                let mut list = std::fs::OpenOptions::new().append(true).create(true).open(list).unwrap();
-                writeln!(list, "{line}").unwrap();
-            }
-            None
-        }
-    }
+    needs::kvm().then(|| TURN.lock().unwrap_or_else(PoisonError::into_inner))
 }
 
 #[test]

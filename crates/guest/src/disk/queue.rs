@@ -207,25 +207,41 @@ impl DiskQueue {
         }
     }
 
-    /// The next request that came back, and whether it went well.
+    /// The next request that came back. How it went is on a cache line of the device's, which is asked for.
     ///
     /// # Errors
     /// The device broke the ring.
     #[inline(always)]
-    pub fn reap(&mut self) -> Result<Option<(u16, bool)>, DiskError> {
+    pub fn take(&mut self) -> Result<Option<u16>, DiskError> {
         let done = self.queue.ring.reap();
         let Some(done) = done.map_err(|source| DiskError::Ring { queue: self.queue.index, source })? else {
             return Ok(None);
         };
         let request = self.request_of[usize::from(done.id)];
-        let status =
-            self.control.u8(usize::from(request) * CONTROL_BYTES + STATUS_AT).load(Ordering::Relaxed);
+        self.control.prefetch_for_write(usize::from(request) * CONTROL_BYTES);
         self.until_disarm -= 1;
         if self.until_disarm == 0 {
             self.until_disarm = DISARM_AFTER;
             self.queue.ring.disarm_calls();
         }
-        Ok(Some((request, status == 0)))
+        Ok(Some(request))
+    }
+
+    /// Whether a request that came back went well.
+    #[inline(always)]
+    #[must_use]
+    pub fn is_fine(&self, request: u16) -> bool {
+        let at = usize::from(request) * CONTROL_BYTES + STATUS_AT;
+        self.control.u8(at).load(Ordering::Relaxed) == 0
+    }
+
+    /// The next request that came back, and whether it went well.
+    ///
+    /// # Errors
+    /// The device broke the ring.
+    pub fn reap(&mut self) -> Result<Option<(u16, bool)>, DiskError> {
+        let request = self.take()?;
+        Ok(request.map(|request| (request, self.is_fine(request))))
     }
 
     /// Where nothing came back: sleeps until something has, if the queue has an interrupt. May return early.

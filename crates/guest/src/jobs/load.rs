@@ -125,19 +125,22 @@ impl<'a> Load<'a> {
     /// Takes all that came back; whether there was anything.
     #[inline(always)]
     fn reap(&mut self, end: u64) -> Result<bool, DiskError> {
-        let Some(mut done) = self.queue.reap()? else { return Ok(false) };
+        let before = self.free.len();
+        // First all of them, then how they went: their cache lines travel at the same time.
+        while let Some(request) = self.queue.take()? {
+            self.free.push(request);
+        }
+        let done = &self.free[before..];
+        if done.is_empty() {
+            return Ok(false);
+        }
         let now = ticks();
-        loop {
-            let (request, fine) = done;
+        for &request in done {
             if now <= end {
                 self.latency.record(now.saturating_sub(self.submitted[usize::from(request)]));
             }
-            self.errors += u64::from(!fine);
-            self.free.push(request);
-            match self.queue.reap()? {
-                Some(next) => done = next,
-                None => return Ok(true),
-            }
+            self.errors += u64::from(!self.queue.is_fine(request));
         }
+        Ok(true)
     }
 }
