@@ -98,9 +98,13 @@ fn step(program: Program, random: &mut Random) -> Program {
             let program = device::place(program, &VICTIMS);
             let program = chains(program.write32(ring.avail(), 0), random, ring);
             let program = device::bring_up(program, slot, queue as u16, ring, features);
-            program
-                .add(ring.avail(), (1 + random.below(4)) << 16)
-                .write16(doorbells(slot) + queue * 0x1000, 0)
+            let program = match random.below(3) {
+                // Its doorbells move while it runs, onto the neighbour's too.
+                0 => move_bar(program, random, slot),
+                _ => program,
+            };
+            let doorbell = doorbells(slot) + queue * 0x1000;
+            program.add(ring.avail(), (1 + random.below(4)) << 16).write16(doorbell, 0)
         }
     }
 }
@@ -213,9 +217,10 @@ fn anywhere(program: Program, random: &mut Random) -> Program {
 
 /// A BAR goes where it should not: onto another, over the edge, onto RAM, the interrupt controllers, itself.
 fn move_bar(program: Program, random: &mut Random, slot: u32) -> Program {
-    let bar = random.one_of(&[0x10, 0x14, 0x14, 0x20]);
+    let bar = random.one_of(&[0x10, 0x14, 0x14, 0x14, 0x20]);
     let places = [
         registers(NEIGHBOUR),
+        doorbells(NEIGHBOUR),
         doorbells(NEIGHBOUR),
         registers(3 - slot),
         doorbells(3 - slot),

@@ -40,8 +40,8 @@ const SECOND_DONE: u32 = SCRATCH + 8;
 /// A guest in whose garbage the seed is all that differs.
 fn hostile(seed: u64) -> Program {
     const TRAMPOLINE: u32 = 0x8000;
-    const CHUNKS: usize = 24;
-    const CHUNK: usize = 40;
+    const CHUNKS: usize = 96;
+    const CHUNK: usize = 10;
     const REPEAT: u32 = 2;
     let (mut first, mut second) = (Random(seed), Random(!seed));
     let all = [VICTIMS[0], VICTIMS[1], NEIGHBOUR];
