@@ -24,6 +24,7 @@ extern crate alloc;
 extern crate std;
 
 pub mod disk;
+pub mod entropy;
 pub mod histogram;
 pub mod jobs;
 pub mod machine;

@@ -23,7 +23,9 @@ pub const ID_CHARS_MAX: usize = 128;
 pub enum Job {
     /// Load on one disk.
     Blk,
-    /// A short load on every disk, over rings in every format it has.
+    /// Entropy, a request at a time.
+    Rng,
+    /// A short load on every device, and every disk over rings in every format it has.
     Tour,
     /// What rings, shared memory and the clock cost between processors, without a device.
     Ring,
@@ -148,7 +150,7 @@ impl Options {
     /// Sets `key`; the error says what is allowed, or None if the key is unknown.
     fn assign(&mut self, key: &str, value: &str) -> Result<(), Option<&'static str>> {
         match key {
-            "job" => self.job = job(value).ok_or("blk, tour, ring, events or fault")?,
+            "job" => self.job = job(value).ok_or("blk, rng, tour, ring, events or fault")?,
             "jobs" => self.jobs = number(value, 1, JOBS_MAX.into()).ok_or("1 to 64")? as u16,
             "qd" => self.depth = number(value, 1, DEPTH_MAX.into()).ok_or("1 to 1024")? as u16,
             "bs" => self.block_bytes = block_bytes(value).ok_or("512 to 1m, a multiple of 512")?,
@@ -197,6 +199,7 @@ fn block_bytes(value: &str) -> Option<u32> {
 fn job(value: &str) -> Option<Job> {
     Some(match value {
         "blk" => Job::Blk,
+        "rng" => Job::Rng,
         "tour" => Job::Tour,
         "ring" => Job::Ring,
         "events" => Job::Events,

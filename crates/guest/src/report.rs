@@ -67,7 +67,7 @@ impl Display for Load<'_> {
         let iops = self.requests as f64 / seconds;
         let us = |permille| self.clock.us(self.latency.quantile(permille));
         let mut object = Object::new(f, "result")?;
-        object.text("job", self.job)?.text("id", &o.id)?;
+        object.text("job", self.job)?.text("id", &o.id)?.text("device", "disk")?;
         object.number("disk", o.disk)?.number("jobs", o.jobs)?.number("qd", o.depth)?;
         object.number("bs", o.block_bytes)?.text("rw", o.access.name())?;
         object.text("ring", format_name(o.format))?.number("irq", u8::from(o.interrupts))?;
@@ -184,7 +184,7 @@ mod tests {
             errors: 1,
             verified_bytes: 4096,
         };
-        let expected = r#"{"result":{"job":"blk","id":"a\"b","disk":0,"jobs":1,"qd":4,"bs":4096,"rw":"randread","ring":"split","irq":0,"seconds":0.500,"requests":10,"iops":20.000,"bytes_per_s":81920.000,"p50_us":1.000,"p99_us":1.000,"p999_us":1.000,"kicks":3,"interrupts":2,"lost_interrupts":0,"errors":1,"verified_bytes":4096}}"#;
+        let expected = r#"{"result":{"job":"blk","id":"a\"b","device":"disk","disk":0,"jobs":1,"qd":4,"bs":4096,"rw":"randread","ring":"split","irq":0,"seconds":0.500,"requests":10,"iops":20.000,"bytes_per_s":81920.000,"p50_us":1.000,"p99_us":1.000,"p999_us":1.000,"kicks":3,"interrupts":2,"lost_interrupts":0,"errors":1,"verified_bytes":4096}}"#;
         assert_eq!(load.to_string(), expected);
         assert!(
             Load { ticks: 0, ..load }.to_string().contains("\"iops\":0.000"),

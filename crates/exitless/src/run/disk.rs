@@ -10,6 +10,8 @@ use blk::Spec;
 pub struct DiskOption {
     /// What it is stored in.
     pub backend: Spec,
+    /// The same in the words of the command line.
+    pub name: String,
     /// Queues the driver may use; None is one per virtual CPU.
     pub queues: Option<NonZeroU16>,
     /// Serial number that the driver sees.
@@ -43,7 +45,7 @@ impl FromStr for DiskOption {
             }
         }
         let backend = rest.parse::<Spec>().map_err(|error| error.to_string())?;
-        Ok(Self { backend, queues: disk.0, serial: disk.1, read_only: disk.2 })
+        Ok(Self { backend, name: rest, queues: disk.0, serial: disk.1, read_only: disk.2 })
     }
 }
 
@@ -72,8 +74,8 @@ mod tests {
     fn options_of_the_disk_and_of_its_backend_are_told_apart() {
         let disk: DiskOption = "file:/a,queues=4,direct=off,serial=x,read-only".parse().unwrap();
         assert_eq!(
-            (disk.queues.map(NonZeroU16::get), disk.serial.as_str(), disk.read_only),
-            (Some(4), "x", true)
+            (disk.name.as_str(), disk.queues.map(NonZeroU16::get), disk.serial.as_str(), disk.read_only),
+            ("file:/a,direct=off", Some(4), "x", true)
         );
         assert_eq!(
             format!("{:?}", disk.backend),

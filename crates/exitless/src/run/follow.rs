@@ -30,8 +30,8 @@ pub(super) fn follow(
     said: &Receiver<Said>,
     options: &RunOptions,
     mut silence: Option<Silence>,
-) -> (Report, bool) {
-    let mut report = Report::new(options);
+    report: &mut Report,
+) -> bool {
     let console = options.kernel.as_ref().map(|_| console::stream(options.json));
     let mut progress = Progress::new(options.quiet, console, machine.snapshot());
     let ended = loop {
@@ -62,7 +62,7 @@ pub(super) fn follow(
         }
     };
     progress.clear();
-    (report, ended)
+    ended
 }
 
 fn measured(result: JobResult, machine: &Machine) -> Measured {

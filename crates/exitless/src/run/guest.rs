@@ -1,6 +1,7 @@
 //! What the embedded guest says: lines of JSON on its serial port.
 
-use serde::{Deserialize, Serialize};
+use serde::Deserialize;
+use serde_json::{Map, Value};
 
 /// A line of the guest's.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
@@ -19,32 +20,26 @@ pub(crate) enum Line {
     Error(String),
 }
 
-/// The figures of one job. What a job has none of is 0 or empty.
-#[derive(Clone, Debug, Default, PartialEq, Deserialize, Serialize)]
-#[serde(default)]
-#[allow(missing_docs, reason = "the names are those of the table's columns")]
-pub(crate) struct JobResult {
-    pub(crate) job: String,
-    pub(crate) id: String,
-    pub(crate) jobs: u32,
-    pub(crate) qd: u32,
-    pub(crate) bs: u64,
-    pub(crate) rw: String,
-    pub(crate) ring: String,
-    pub(crate) seconds: f64,
-    pub(crate) requests: u64,
-    pub(crate) iops: f64,
-    pub(crate) bytes_per_s: f64,
-    pub(crate) p50_us: f64,
-    pub(crate) p99_us: f64,
-    pub(crate) p999_us: f64,
-    #[serde(skip_serializing)]
-    pub(crate) kicks: u64,
-    #[serde(skip_serializing)]
-    pub(crate) interrupts: u64,
-    pub(crate) lost_interrupts: u64,
-    pub(crate) errors: u64,
-    pub(crate) verified_bytes: u64,
+/// The figures of one job, by their names. Each job has its own.
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+#[serde(transparent)]
+pub(crate) struct JobResult(pub(crate) Map<String, Value>);
+
+impl JobResult {
+    /// A figure; None if the job has none of this name.
+    pub(crate) fn number(&self, name: &str) -> Option<f64> {
+        self.0.get(name)?.as_f64()
+    }
+
+    /// The same, of things that are counted.
+    pub(crate) fn count(&self, name: &str) -> Option<u64> {
+        self.0.get(name)?.as_u64()
+    }
+
+    /// A word; empty if the job has none of this name.
+    pub(crate) fn text(&self, name: &str) -> &str {
+        self.0.get(name).and_then(Value::as_str).unwrap_or_default()
+    }
 }
 
 /// The longest line that is looked at, in bytes. The guest is ours, its memory is not safe from its neighbours' bugs.
@@ -72,7 +67,11 @@ mod tests {
         let result =
             r#"{"result":{"job":"blk","id":"","jobs":1,"qd":32,"iops":1.5,"p50_us":2.25,"new":"field"}}"#;
         let Some(Line::Result(result)) = parse(result) else { panic!("no result") };
-        assert_eq!((result.job.as_str(), result.qd, result.iops, result.kicks), ("blk", 32, 1.5, 0));
+        assert_eq!(
+            (result.text("job"), result.count("qd"), result.number("iops")),
+            ("blk", Some(32), Some(1.5))
+        );
+        assert_eq!((result.text("new"), result.count("kicks")), ("field", None));
         assert_eq!(parse("{\"error\":\"no disk\"}"), Some(Line::Error("no disk".into())));
     }
 

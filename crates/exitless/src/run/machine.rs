@@ -7,6 +7,7 @@ use std::sync::mpsc::Sender;
 use anyhow::{Context, anyhow};
 use blk::Blk;
 use reactor::Pool;
+use rng::Rng;
 use vmm::{Config, Kernel, Machine, PciDevice};
 
 use super::console;
@@ -15,13 +16,21 @@ use super::follow::Said;
 use super::options::RunOptions;
 use crate::failure::Failure;
 
-/// The machine with its disks, ready to run.
-pub(super) fn build(options: &RunOptions, pool: &Arc<Pool>, tell: Sender<Said>) -> Result<Machine, Failure> {
-    let mut disks = Vec::new();
-    for (index, disk) in disks_of(options)?.into_iter().enumerate() {
-        disks.push(PciDevice::new(Arc::new(disk), format!("disk{index}"), options.poll));
+/// The machine with its devices, ready to run: its disks, and a source of entropy.
+pub(super) fn build(
+    options: &RunOptions,
+    disks: &[DiskOption],
+    pool: &Arc<Pool>,
+    tell: Sender<Said>,
+) -> Result<Machine, Failure> {
+    let vcpus = NonZeroU16::new(options.vcpus()).unwrap_or(NonZeroU16::MIN);
+    let mut devices = Vec::new();
+    for (index, disk) in disks.iter().enumerate() {
+        let disk = open(disk, vcpus).map_err(Failure::Usage)?;
+        devices.push(PciDevice::new(Arc::new(disk), format!("disk{index}"), options.poll));
     }
-    let machine = Machine::new(config(options, tell), disks, pool.clone());
+    devices.push(PciDevice::new(Arc::new(Rng::new(None)), "rng", options.poll));
+    let machine = Machine::new(config(options, tell), devices, pool.clone());
     machine.context("cannot build the machine").map_err(Failure::Usage)
 }
 
@@ -45,23 +54,22 @@ pub(super) fn config(options: &RunOptions, tell: Sender<Said>) -> Config {
     config
 }
 
-/// The disks asked for; for the embedded guest's tour, those that need no file if there are none.
-pub(super) fn disks_of(options: &RunOptions) -> Result<Vec<Blk>, Failure> {
+/// The disks asked for; for the embedded guest, those that need no file if there are none.
+pub(super) fn disks(options: &RunOptions) -> Result<Vec<DiskOption>, Failure> {
     const TOUR: [&str; 2] = ["null:8G", "mem:64M"];
-    let mut disks = options.disk.clone();
-    if disks.is_empty() && options.kernel.is_none() {
-        let parsed = TOUR.map(str::parse).into_iter().collect::<Result<_, String>>();
-        disks = parsed.map_err(|error| Failure::Runtime(anyhow!(error)))?;
+    if !options.disk.is_empty() || options.kernel.is_some() {
+        return Ok(options.disk.clone());
     }
-    let vcpus = NonZeroU16::new(options.vcpus()).unwrap_or(NonZeroU16::MIN);
-    disks.into_iter().map(|disk| open(disk, vcpus).map_err(Failure::Usage)).collect()
+    let parsed = TOUR.map(str::parse).into_iter().collect::<Result<_, String>>();
+    parsed.map_err(|error| Failure::Runtime(anyhow!(error)))
 }
 
-fn open(disk: DiskOption, queues: NonZeroU16) -> anyhow::Result<Blk> {
+/// One of them.
+pub(super) fn open(disk: &DiskOption, queues: NonZeroU16) -> anyhow::Result<Blk> {
     let backend = disk.backend.open(disk.read_only)?;
     let presented = blk::Options {
         queues: disk.queues.unwrap_or(queues).get(),
-        serial: disk.serial,
+        serial: disk.serial.clone(),
         read_only: disk.read_only,
         ..blk::Options::default()
     };

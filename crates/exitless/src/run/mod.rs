@@ -11,6 +11,7 @@ mod options;
 mod progress;
 mod report;
 mod silence;
+mod table;
 mod terminal;
 #[cfg(test)]
 mod tests;
@@ -53,7 +54,8 @@ pub(crate) fn run(options: &RunOptions) -> Result<(), Failure> {
     let pool = pool.map_err(Failure::usage)?;
     let pool = Arc::new(pool);
     let (tell, said) = mpsc::channel();
-    let machine = Arc::new(machine::build(options, &pool, tell.clone())?);
+    let disks = machine::disks(options)?;
+    let machine = Arc::new(machine::build(options, &disks, &pool, tell.clone())?);
     let metrics = metrics.map(|socket| serve_metrics(socket, &machine, options.quiet)).transpose()?;
     let loan = if options.kernel.is_some() { Loan::take(&mut signals)? } else { None };
     let terminal = loan.as_ref().map(|loan| loan.terminal().clone());
@@ -76,7 +78,8 @@ pub(crate) fn run(options: &RunOptions) -> Result<(), Failure> {
 
     let job = Duration::from_millis(options.job.seconds.0.get().into());
     let silence = options.kernel.is_none().then(|| Silence::new(job, PATIENCE));
-    let (mut report, ended) = follow(&machine, &said, options, silence);
+    let mut report = Report::new(options, disks.into_iter().map(|disk| disk.name).collect());
+    let ended = follow(&machine, &said, options, silence, &mut report);
     if !ended {
         // Its threads end with this process.
         crate::print(report.text(options.json).as_bytes())?;

@@ -150,10 +150,12 @@ pub struct JobOptions {
 /// Jobs of the embedded guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Job {
-    /// A short load on every disk.
+    /// A short load on every device.
     Tour,
     /// Load on one disk.
     Blk,
+    /// Entropy, 4 KiB at a time.
+    Rng,
     /// What memory shared between virtual CPUs, and the clock, cost.
     Ring,
     /// Round trips of single requests by kick and interrupt.

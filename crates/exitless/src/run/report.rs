@@ -3,10 +3,12 @@
 use std::collections::BTreeMap;
 
 use serde::Serialize;
+use serde_json::{Map, Value};
 use vmm::{Outcome, Snapshot};
 
 use super::guest::JobResult;
 use super::options::RunOptions;
+use super::table;
 
 /// A job of the embedded guest, and what the machine counted while it was measured.
 #[derive(Clone, Debug)]
@@ -16,11 +18,13 @@ pub(super) struct Measured {
 }
 
 /// Everything about a run.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(super) struct Report {
     /// A kernel of the user's ran.
     pub(super) kernel: bool,
     vcpus: u16,
+    /// What the disks are called, in their order.
+    pub(super) disks: Vec<String>,
     pub(super) results: Vec<Measured>,
     /// What the embedded guest complained of.
     pub(super) errors: Vec<String>,
@@ -28,17 +32,13 @@ pub(super) struct Report {
     end: Option<(Outcome, Snapshot)>,
 }
 
-/// The figures of a job, as JSON has them.
+/// What the machine counted. The guest's own counts are `kicks_sent` and `interrupts_taken`.
 #[derive(Debug, Serialize)]
-struct Row<'a> {
-    #[serde(flatten)]
-    result: &'a JobResult,
-    /// Kicks that caused an exit. The guest's own count is `kicks_sent`.
+struct Counted {
+    /// Kicks that caused an exit.
     kicks: u64,
-    kicks_sent: u64,
-    /// Interrupts that the devices raised. The guest's own count is `interrupts_taken`.
+    /// Interrupts that the devices raised.
     interrupts: u64,
-    interrupts_taken: u64,
     exits: u64,
     exits_per_request: Option<f64>,
     /// Exit-handling time.
@@ -50,9 +50,9 @@ struct Row<'a> {
 }
 
 #[derive(Debug, Serialize)]
-struct IoThread {
+pub(super) struct IoThread {
     cpu: u32,
-    busy_percent: f64,
+    pub(super) busy_percent: f64,
     asleep_percent: f64,
 }
 
@@ -63,25 +63,13 @@ struct KernelRow {
     seconds: f64,
     requests: u64,
     iops: f64,
-    kicks: u64,
-    interrupts: u64,
-    exits: u64,
-    exits_per_request: Option<f64>,
-    eht_percent: Option<f64>,
-    exits_by_reason: BTreeMap<String, u64>,
-    io_threads: Vec<IoThread>,
-    vcpus: u16,
+    #[serde(flatten)]
+    counted: Counted,
 }
 
 impl Report {
-    pub(super) fn new(options: &RunOptions) -> Self {
-        Self {
-            kernel: options.kernel.is_some(),
-            vcpus: options.vcpus(),
-            results: Vec::new(),
-            errors: Vec::new(),
-            end: None,
-        }
+    pub(super) fn new(options: &RunOptions, disks: Vec<String>) -> Self {
+        Self { kernel: options.kernel.is_some(), vcpus: options.vcpus(), disks, ..Self::default() }
     }
 
     /// It has ended.
@@ -95,62 +83,37 @@ impl Report {
             (true, true) => self.end.as_ref().map_or(String::new(), |end| line(&kernel_row(end, self.vcpus))),
             (true, false) => self.results.iter().map(|measured| line(&self.row(measured))).collect(),
             (false, true) => self.end.as_ref().map_or(String::new(), kernel_text),
-            (false, false) => self.table(),
+            (false, false) => table::text(self),
         }
     }
 
-    fn row<'a>(&self, measured: &'a Measured) -> Row<'a> {
-        let none = Snapshot::default();
-        let counted = measured.counted.as_ref().unwrap_or(&none);
-        let result = &measured.result;
-        Row {
-            kicks: counted.kicks(),
-            kicks_sent: result.kicks,
-            interrupts: counted.interrupts(),
-            interrupts_taken: result.interrupts,
-            exits: counted.exits(),
-            exits_per_request: per(counted.exits(), result.requests),
-            eht_percent: counted.eht_percent(),
-            exits_by_reason: reasons(counted),
-            user_exits: counted.user_exits(),
-            io_threads: io_threads(counted),
-            vcpus: self.vcpus,
-            result,
+    /// What the guest measured and what the machine counted, side by side.
+    fn row(&self, measured: &Measured) -> Map<String, Value> {
+        let mut row = measured.result.0.clone();
+        for (theirs, name) in [("kicks", "kicks_sent"), ("interrupts", "interrupts_taken")] {
+            let count = row.remove(theirs).unwrap_or(Value::Null);
+            row.insert(name.into(), count);
         }
+        let counted = measured.counted.clone().unwrap_or_default();
+        let requests = measured.result.count("requests").unwrap_or(0);
+        if let Ok(Value::Object(counted)) = serde_json::to_value(count(&counted, requests, self.vcpus)) {
+            row.extend(counted);
+        }
+        row
     }
+}
 
-    fn table(&self) -> String {
-        const HEADER: [&str; 11] = [
-            "job",
-            "disk",
-            "IOPS",
-            "MB/s",
-            "p50 µs",
-            "p99 µs",
-            "exits/req",
-            "kicks",
-            "interrupts",
-            "EHT %",
-            "I/O thread busy %",
-        ];
-        let mut rows = vec![HEADER.map(str::to_owned).to_vec()];
-        rows.extend(self.results.iter().map(|measured| cells(&self.row(measured))));
-        if rows.len() == 1 {
-            return String::new();
-        }
-        let mut text = aligned(&rows);
-        let by_reason = self.results.iter().filter_map(|m| m.counted.as_ref()).map(reasons);
-        let mut sum = BTreeMap::new();
-        by_reason.flatten().for_each(|(reason, count)| *sum.entry(reason).or_insert(0) += count);
-        if !sum.is_empty() {
-            let list: Vec<_> = sum.iter().map(|(reason, count)| format!("{reason} {count}")).collect();
-            text += &format!("\nexits while measuring: {}\n", list.join(", "));
-        }
-        let lost: u64 = self.results.iter().map(|measured| measured.result.lost_interrupts).sum();
-        if lost > 0 {
-            text += &format!("\ninterrupts lost: {lost}, each of which the guest waited for in vain\n");
-        }
-        text
+fn count(counted: &Snapshot, requests: u64, vcpus: u16) -> Counted {
+    Counted {
+        kicks: counted.kicks(),
+        interrupts: counted.interrupts(),
+        exits: counted.exits(),
+        exits_per_request: per(counted.exits(), requests),
+        eht_percent: counted.eht_percent(),
+        exits_by_reason: reasons(counted),
+        user_exits: counted.user_exits(),
+        io_threads: io_threads(counted),
+        vcpus,
     }
 }
 
@@ -159,20 +122,13 @@ fn line(row: &impl Serialize) -> String {
 }
 
 fn kernel_row((outcome, counted): &(Outcome, Snapshot), vcpus: u16) -> KernelRow {
-    let seconds = lifetime_s(counted);
+    let (seconds, requests) = (lifetime_s(counted), counted.requests());
     KernelRow {
         outcome: name(*outcome),
         seconds,
-        requests: counted.requests(),
-        iops: counted.requests() as f64 / seconds.max(1e-9),
-        kicks: counted.kicks(),
-        interrupts: counted.interrupts(),
-        exits: counted.exits(),
-        exits_per_request: per(counted.exits(), counted.requests()),
-        eht_percent: counted.eht_percent(),
-        exits_by_reason: reasons(counted),
-        io_threads: io_threads(counted),
-        vcpus,
+        requests,
+        iops: requests as f64 / seconds.max(1e-9),
+        counted: count(counted, requests, vcpus),
     }
 }
 
@@ -205,12 +161,12 @@ fn name(outcome: Outcome) -> String {
 }
 
 /// Exits by the kernel's reasons, where there were any.
-fn reasons(counted: &Snapshot) -> BTreeMap<String, u64> {
+pub(super) fn reasons(counted: &Snapshot) -> BTreeMap<String, u64> {
     let is_reason = |name: &str| name.ends_with("_exits");
     counted.kvm().into_iter().filter(|(name, count)| is_reason(name) && *count > 0).collect()
 }
 
-fn io_threads(counted: &Snapshot) -> Vec<IoThread> {
+pub(super) fn io_threads(counted: &Snapshot) -> Vec<IoThread> {
     let share = |ns: u64, of: u64| ns as f64 * 100.0 / of.max(1) as f64;
     let threads = counted.threads.iter().filter(|thread| thread.total_ns > 0);
     threads
@@ -222,92 +178,35 @@ fn io_threads(counted: &Snapshot) -> Vec<IoThread> {
         .collect()
 }
 
-fn per(count: u64, requests: u64) -> Option<f64> {
+pub(super) fn per(count: u64, requests: u64) -> Option<f64> {
     (requests > 0).then(|| count as f64 / requests as f64)
 }
 
-fn cells(row: &Row<'_>) -> Vec<String> {
-    let result = row.result;
-    let number = |value: Option<f64>, digits: usize| value.map_or("-".into(), |v| format!("{v:.digits$}"));
-    let busy: Vec<_> = row.io_threads.iter().map(|thread| format!("{:.0}", thread.busy_percent)).collect();
-    let disk =
-        if result.id.is_empty() { result.ring.clone() } else { format!("{} {}", result.id, result.ring) };
-    vec![
-        format!("{} {} qd{} jobs{}", result.job, result.rw, result.qd, result.jobs),
-        disk,
-        rate(result.iops),
-        format!("{:.0}", result.bytes_per_s / 1e6),
-        number(Some(result.p50_us), 2),
-        number(Some(result.p99_us), 2),
-        row.exits_per_request.map_or("-".into(), |v| if v == 0.0 { "0".into() } else { format!("{v:.6}") }),
-        row.kicks.to_string(),
-        row.interrupts.to_string(),
-        number(row.eht_percent, 3),
-        if busy.is_empty() { "-".into() } else { busy.join(" ") },
-    ]
-}
-
-/// Three significant digits with k or M.
-fn rate(value: f64) -> String {
-    let (value, unit) = match value {
-        v if v >= 999_500.0 => (v / 1e6, " M"),
-        v if v >= 999.5 => (v / 1e3, " k"),
-        v => (v, ""),
-    };
-    let digits = if value >= 99.95 {
-        0
-    } else if value >= 9.995 {
-        1
-    } else {
-        2
-    };
-    format!("{value:.digits$}{unit}")
-}
-
-/// Columns: the first two to the left, figures to the right.
-fn aligned(rows: &[Vec<String>]) -> String {
-    let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
-    let widths: Vec<_> = (0..rows[0].len()).map(width).collect();
-    let mut text = String::new();
-    for row in rows {
-        let cells = row.iter().zip(&widths).enumerate().map(|(column, (cell, &width))| match column {
-            0 | 1 => format!("{cell:<width$}"),
-            _ => format!("{cell:>width$}"),
-        });
-        text += cells.collect::<Vec<_>>().join("  ").trim_end();
-        text.push('\n');
-    }
-    text
-}
-
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
+    use serde_json::json;
+
     use super::*;
 
-    fn report() -> Report {
-        let result = JobResult {
-            job: "blk".into(),
-            rw: "randread".into(),
-            qd: 32,
-            jobs: 1,
-            requests: 1000,
-            iops: 1.5e6,
-            bytes_per_s: 6e9,
-            p50_us: 20.5,
-            ..JobResult::default()
-        };
+    /// A load on a disk, as the guest and the machine report it.
+    pub(in crate::run) fn report(result: Value) -> Report {
+        let Value::Object(result) = result else { panic!("no object") };
         let mut counted = Snapshot { at_ns: 1, ..Snapshot::default() };
         counted.vcpus.push(vmm::stats::VcpuSnapshot {
             kvm: [("exits".into(), 5), ("io_exits".into(), 2), ("halt_exits".into(), 0)].into(),
             ..Default::default()
         });
-        let results = vec![Measured { result, counted: Some(counted) }];
-        Report { kernel: false, vcpus: 1, results, errors: Vec::new(), end: None }
+        let results = vec![Measured { result: JobResult(result), counted: Some(counted) }];
+        Report { vcpus: 1, disks: vec!["null:8G".into()], results, ..Report::default() }
     }
 
     #[test]
     fn a_line_of_json_has_the_keys_that_scripts_read() {
-        let row: serde_json::Value = serde_json::from_str(&report().text(true)).unwrap();
+        let result = json!({
+            "job": "blk", "requests": 1000, "iops": 1.5e6, "bytes_per_s": 6e9, "p50_us": 20.5, "p99_us": 30, "kicks": 7,
+            "interrupts": 8, "lost_interrupts": 0
+        });
+        let row: Value = serde_json::from_str(&report(result).text(true)).unwrap();
         for key in [
             "iops",
             "bytes_per_s",
@@ -321,19 +220,16 @@ mod tests {
             assert!(row.get(key).is_some(), "no `{key}` in {row}");
         }
         assert_eq!(row["exits_per_request"], 0.005);
-        assert_eq!(row["exits_by_reason"], serde_json::json!({ "io_exits": 2 }));
-        assert_eq!(row["kicks"], 0);
+        assert_eq!(row["exits_by_reason"], json!({ "io_exits": 2 }));
+        assert_eq!((&row["kicks"], &row["kicks_sent"]), (&json!(0), &json!(7)));
+        assert_eq!((&row["interrupts"], &row["interrupts_taken"]), (&json!(0), &json!(8)));
     }
 
     #[test]
-    fn the_table_is_aligned_and_names_reasons() {
-        let text = report().text(false);
-        let lines: Vec<_> = text.lines().collect();
-        assert!(lines[1].contains("1.50 M") && lines[1].contains("0.005000"), "{text}");
-        assert!(text.contains("exits while measuring: io_exits 2"), "{text}");
-        assert!(!text.contains("lost"), "{text}");
-        let mut report = report();
-        report.results[0].result.lost_interrupts = 3;
-        assert!(report.text(false).contains("interrupts lost: 3"));
+    fn whatever_a_job_measures_is_in_its_line() {
+        let row: Value =
+            serde_json::from_str(&report(json!({"job": "ring", "exit_us": 12.5})).text(true)).unwrap();
+        assert_eq!((&row["exit_us"], &row["exits_per_request"]), (&json!(12.5), &Value::Null));
+        assert!(row.get("iops").is_none(), "{row}");
     }
 }

@@ -1,6 +1,6 @@
 //! The embedded guest on disks that do not do what they should: it ends, and says why.
 
-use std::io::Write;
+use std::num::NonZeroU16;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 
@@ -10,7 +10,7 @@ use reactor::{Budget, Poller, Ticks, Work};
 use virtio::{Call, Device, NotReady, PollerBuilder, Queue};
 use vmm::PciDevice;
 
-use super::machine::{config, disks_of};
+use super::machine::{config, disks, open};
 use super::*;
 use crate::cli::{Cli, Command};
 
@@ -114,7 +114,7 @@ fn job(fault: &Fault, arguments: &str, patience: Duration) -> (Report, bool) {
         panic!("another command")
     };
     let pool = Arc::new(Pool::start(reactor::Options { pin: false, ..Default::default() }).unwrap());
-    let disk = disks_of(&options).unwrap().remove(0);
+    let disk = open(&disks(&options).unwrap()[0], NonZeroU16::MIN).unwrap();
     let disk = PciDevice::new(Arc::new(Faulty { disk, fault: fault.clone() }), "disk", options.poll);
     let (tell, said) = mpsc::channel();
     let machine = Machine::new(config(&options, tell.clone()), vec![disk], pool).unwrap();
@@ -127,7 +127,8 @@ fn job(fault: &Fault, arguments: &str, patience: Duration) -> (Report, bool) {
         }
     });
     let length = Duration::from_millis(options.job.seconds.0.get().into());
-    let (report, ended) = follow(&machine, &said, &options, Some(Silence::new(length, patience)));
+    let mut report = Report::new(&options, Vec::new());
+    let ended = follow(&machine, &said, &options, Some(Silence::new(length, patience)), &mut report);
     if let Fault::NeverDrained(released) = fault {
         assert!(!runner.is_finished(), "nothing held the machine");
         released.store(true, Ordering::Release);
@@ -173,7 +174,7 @@ fn interrupts_that_are_lost_are_counted_and_told_from_a_slow_disk() {
         let arguments = format!("--guest-job blk --completion interrupt --seconds 1.5 --ring {ring}");
         let (report, ended) = job(&Fault::Loses(20, dropped.clone()), &arguments, PATIENCE);
         assert!(ended && report.errors.is_empty(), "{:?}", report.errors);
-        let lost = report.results[0].result.lost_interrupts;
+        let lost = report.results[0].result.count("lost_interrupts").unwrap();
         let dropped = dropped.load(Ordering::Relaxed);
         assert!((1..=dropped).contains(&lost), "{lost} interrupts are missed, {dropped} were dropped");
         assert!(report.text(false).contains(&format!("interrupts lost: {lost}")));

@@ -2,6 +2,7 @@
 //! [`Job`], and a line in [`run`].
 
 pub mod blk;
+pub mod entropy;
 pub mod events;
 mod load;
 pub mod ring;
@@ -12,6 +13,7 @@ use virtio::RingError;
 use virtio::memory::MemoryError;
 
 use crate::disk::{self, DiskError};
+use crate::entropy::{self as source, EntropyError};
 use crate::machine::smp::SmpError;
 use crate::machine::{Machine, MachineError, console, service};
 use crate::options::{Job, Options, OptionsError};
@@ -39,6 +41,12 @@ pub enum JobError {
     /// Requests fail where none may.
     #[error("disk {disk}: {operation} of sector {sector} failed")]
     Failed { disk: usize, operation: &'static str, sector: u64 },
+    /// There is no entropy device.
+    #[error("this machine has no entropy device")]
+    NoEntropy,
+    /// The entropy device does not work.
+    #[error("entropy: {0}")]
+    Entropy(EntropyError),
     /// Processors cannot be used.
     #[error(transparent)]
     Smp(#[from] SmpError),
@@ -63,7 +71,8 @@ pub fn run(machine: &Machine) -> Result<(), JobError> {
     console::print(&Ready { cpus: machine.processors.count(), disks: disks.len() });
     match options.job {
         Job::Blk => blk::run(machine, &disks, &options),
-        Job::Tour => tour::run(machine, &disks, &options),
+        Job::Rng => entropy::run(machine, &source::find(), &options),
+        Job::Tour => tour::run(machine, &disks, &source::find(), &options),
         Job::Ring => ring::run(machine, &options),
         Job::Events => events::run(machine, &disks, &options),
         Job::Fault => service::fault(),

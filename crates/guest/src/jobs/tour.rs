@@ -1,8 +1,8 @@
-//! A short load on every disk, over rings in every format it has, polled and by interrupt.
+//! A short load on every disk, over rings in every format it has, polled and by interrupt; then on what has entropy.
 
 use virtio::RingFormat;
 
-use super::{JobError, blk};
+use super::{JobError, blk, entropy};
 use crate::machine::Machine;
 use crate::options::Options;
 use crate::pci::Function;
@@ -14,7 +14,12 @@ const MS: u64 = 200;
 ///
 /// # Errors
 /// See [`JobError`].
-pub fn run(machine: &Machine, disks: &[Function], options: &Options) -> Result<(), JobError> {
+pub fn run(
+    machine: &Machine,
+    disks: &[Function],
+    sources: &[Function],
+    options: &Options,
+) -> Result<(), JobError> {
     for index in 0..disks.len() {
         let disk = blk::open(machine, disks, index)?;
         for format in [RingFormat::Split, RingFormat::Packed].into_iter().filter(|&format| disk.can(format)) {
@@ -31,5 +36,9 @@ pub fn run(machine: &Machine, disks: &[Function], options: &Options) -> Result<(
             }
         }
     }
-    Ok(())
+    let options = Options { ms: options.ms.min(MS), ..options.clone() };
+    sources
+        .iter()
+        .try_for_each(|&source| entropy::one(machine, source, &options, "tour"))
+        .map_err(JobError::Entropy)
 }
