@@ -125,4 +125,8 @@ pub struct VbmqArgs {
     /// Draw the medians.
     #[arg(long, value_name = "FILE")]
     pub(crate) svg: Option<PathBuf>,
+
+    /// Measure nothing: report what a run wrote to this file by --csv, whole or not.
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["csv", "only", "backend", "qd", "jobs", "repetitions", "measure_ms"])]
+    pub(crate) from: Option<PathBuf>,
 }

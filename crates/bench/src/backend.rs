@@ -62,6 +62,11 @@ pub(crate) struct Storage {
 }
 
 impl Storage {
+    /// Where the disk file goes.
+    pub(crate) fn folder(&self) -> &Path {
+        &self.disk_folder
+    }
+
     /// `disk_folder` is where the disk file goes.
     pub(crate) fn new(disk_folder: Option<&Path>, quick: bool) -> Self {
         let default = if is_tmpfs(&std::env::temp_dir()) { "/var/tmp".into() } else { std::env::temp_dir() };

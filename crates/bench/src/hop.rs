@@ -14,6 +14,8 @@ use crate::cpus::{self, Cpus};
 
 /// Distances are the same that differ by less than this factor: neighbours differ by 20 %, sockets and dies by 100 % or more.
 const SAME: f64 = 1.5;
+/// What is seen less often than once in so many times is an exception.
+const RARE: usize = 10;
 /// Rounds of a look: the best of several, because an interrupt in between says nothing about the distance.
 const BATCHES: u32 = 8;
 const ROUNDS: u32 = 500;
@@ -26,15 +28,24 @@ const PATIENCE: f64 = 0.3;
 /// How long to wait before a repetition.
 const WAIT_MAX: Duration = Duration::from_secs(3);
 
-/// The share of `nearest_ns` beyond which CPUs are farther apart.
+/// What of `seen` is the shortest distance that was no exception. Virtual CPUs that are threads of one core for a moment
+/// are nearer, and each has half of the core.
+pub(crate) fn nearest_ns(seen: impl Iterator<Item = f64>) -> Option<f64> {
+    let mut seen: Vec<f64> = seen.collect();
+    seen.sort_by(f64::total_cmp);
+    let alike = |from: usize| seen[from..].iter().take_while(|&&ns| is_near(ns, seen[from])).count();
+    (0..seen.len()).find(|&from| alike(from) * RARE >= seen.len()).map(|from| seen[from])
+}
+
+/// Whether the CPUs were as near to each other as they usually are when they are near: neither farther nor nearer.
 pub(crate) fn is_near(hop_ns: f64, nearest_ns: f64) -> bool {
-    hop_ns < SAME * nearest_ns
+    hop_ns < SAME * nearest_ns && nearest_ns < SAME * hop_ns
 }
 
 /// The distance between server and client, as it was seen so far.
 pub(crate) struct Distance {
     cpus: Cpus,
-    nearest_ns: f64,
+    seen: Vec<f64>,
     patience: Duration,
 }
 
@@ -42,7 +53,7 @@ impl Distance {
     /// For a run of measurements that take `load_ms` together.
     pub(crate) fn new(cpus: Cpus, load_ms: u64) -> Self {
         let patience = Duration::from_millis(load_ms).mul_f64(PATIENCE);
-        let mut new = Self { cpus, nearest_ns: f64::INFINITY, patience };
+        let mut new = Self { cpus, seen: Vec::new(), patience };
         new.look();
         new
     }
@@ -61,7 +72,7 @@ impl Distance {
             let mut measured = measure()?;
             if let Some(hop_ns) = hop_ns(&mut measured) {
                 *hop_ns = before.zip(self.look()).map(|(before, after)| before.max(after));
-                let moved = hop_ns.is_some_and(|ns| !is_near(ns, self.nearest_ns));
+                let moved = hop_ns.is_some_and(|ns| !self.is_near(ns));
                 if moved && tries > 0 && self.patience > PAUSE {
                     continue;
                 }
@@ -73,7 +84,7 @@ impl Distance {
     /// Nanoseconds one way; None where there is one CPU only.
     fn look(&mut self) -> Option<f64> {
         let ns = ping_pong(self.cpus)?;
-        self.nearest_ns = self.nearest_ns.min(ns);
+        self.seen.push(ns);
         Some(ns)
     }
 
@@ -81,12 +92,16 @@ impl Distance {
     fn settle(&mut self) -> Option<f64> {
         let began = Instant::now();
         let mut ns = self.look()?;
-        while !is_near(ns, self.nearest_ns) && began.elapsed() < WAIT_MAX.min(self.patience) {
+        while !self.is_near(ns) && began.elapsed() < WAIT_MAX.min(self.patience) {
             std::thread::sleep(PAUSE);
             ns = self.look()?;
         }
         self.patience = self.patience.saturating_sub(began.elapsed());
         Some(ns)
+    }
+
+    fn is_near(&self, hop_ns: f64) -> bool {
+        nearest_ns(self.seen.iter().copied()).is_some_and(|nearest_ns| is_near(hop_ns, nearest_ns))
     }
 }
 
@@ -136,6 +151,15 @@ mod tests {
     fn neighbours_are_near_and_other_dies_are_not() {
         assert!(is_near(31.0, 26.0));
         assert!(!is_near(156.0, 26.0));
+        assert!(!is_near(13.0, 26.0), "two threads of one core");
+    }
+
+    #[test]
+    fn exceptions_are_not_what_others_are_compared_with() {
+        let usual = [30.0, 31.0, 156.0, 155.0, 32.0, 30.5, 157.0, 31.0, 33.0, 30.0, 155.0];
+        assert_eq!(nearest_ns(usual.into_iter().chain([13.0])), Some(30.0));
+        assert_eq!(nearest_ns([155.0, 30.0].into_iter()), Some(30.0), "of a few, each counts");
+        assert_eq!(nearest_ns(std::iter::empty()), None);
     }
 
     #[test]

@@ -112,7 +112,7 @@ pub(crate) struct Summary {
 
 /// The shortest distance between server and client at which something was measured.
 pub(crate) fn nearest_ns(rows: &[Row]) -> Option<f64> {
-    rows.iter().filter_map(|row| row.figures.hop_ns).reduce(f64::min)
+    hop::nearest_ns(rows.iter().filter_map(|row| row.figures.hop_ns))
 }
 
 /// Summaries in the order in which case and peer first appear in `rows`. Repetitions in which the CPUs were farther

@@ -113,7 +113,7 @@ fn remark_distance(report: &mut Report) {
     let only: Vec<_> = report.summaries.iter().filter(|s| is_far(&s.median)).collect();
     let only: Vec<_> = only.iter().map(|s| format!("{} {}", s.case, s.peer)).collect();
     report.remarks.push(format!(
-        "{hop} at best, and longer in {far} of {} repetitions, because the host moves virtual CPUs between cores: \
+        "{hop}, and another time in {far} of {} repetitions, because the host moves virtual CPUs between cores: \
          these repetitions do not count{}",
         report.rows.len(),
         if only.is_empty() { String::new() } else { format!(", but for {}, where there is no other", only.join(", ")) }

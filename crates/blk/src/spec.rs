@@ -4,7 +4,7 @@
 //! QEMU.
 
 use std::fmt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::Arc;
 
@@ -49,6 +49,15 @@ pub enum Spec {
 }
 
 impl Spec {
+    /// The file that it is stored in, if it is.
+    #[must_use]
+    pub fn path(&self) -> Option<&Path> {
+        match self {
+            Self::Null { .. } | Self::Memory { .. } => None,
+            Self::File { path, .. } | Self::Qcow2 { path, .. } => Some(path),
+        }
+    }
+
     /// Opens the storage. Files opened with `read_only` may have other readers; the storage of the other kinds is not
     /// shared, and it is [`Options::read_only`](crate::Options::read_only) that keeps the driver from writing it.
     ///

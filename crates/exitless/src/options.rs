@@ -4,7 +4,7 @@
 //! a file, which `config` reads by handing its keys to the parsers defined here.
 
 use std::num::{NonZeroU16, NonZeroU64};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use blk::Spec;
@@ -21,7 +21,8 @@ use crate::size::Size;
 #[derive(Args, Clone, Debug, Default)]
 #[command(next_help_heading = "Service")]
 pub struct ServiceOptions {
-    /// CPUs to run I/O threads on, one thread each, like `2-5,7`.
+    /// CPUs to run I/O threads on, one thread each, like `2-5,7` [default: as needed, beginning with those that take the
+    /// interrupts of the disks].
     ///
     /// Without it, queues are spread over the CPUs that this process may use, and threads start as they are needed.
     #[arg(long, value_name = "LIST")]
@@ -191,6 +192,15 @@ impl DeviceOptions {
         match self {
             Self::Blk(options) => &options.socket,
             Self::Rng(options) => &options.socket,
+        }
+    }
+
+    /// The file that it is stored in, if it is.
+    #[must_use]
+    pub fn path(&self) -> Option<&Path> {
+        match self {
+            Self::Blk(options) => options.backend.path(),
+            Self::Rng(_) => None,
         }
     }
 }

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, anyhow};
 use reactor::placement::{self, Wish};
-use reactor::{Machine, Mode, Pool};
+use reactor::{Machine, Mode, Pool, interrupts};
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use vhost_user::{Server, ServerHandle};
@@ -34,7 +34,8 @@ pub(crate) fn serve(options: ServiceOptions, devices: Vec<DeviceOptions>) -> Res
     let mut signals = StopSignals::install().context("cannot catch signals")?;
     allow_descriptors();
     let machine = Machine::read();
-    let wish = Wish { cpus: options.cpus, threads: None };
+    let first = interrupts::cpus_of_disks(devices.iter().filter_map(DeviceOptions::path));
+    let wish = Wish { cpus: options.cpus, first, threads: None };
     let pool = reactor::Options { wish: wish.clone(), ..reactor::Options::default() };
     let pool = Arc::new(Pool::start_on(&machine, pool).map_err(Failure::usage)?);
     let queues = queues_by_default(&wish);

@@ -27,6 +27,7 @@ mod epoll;
 mod error;
 pub mod fair;
 mod handle;
+pub mod interrupts;
 mod log_limit;
 mod mailbox;
 pub mod placement;

@@ -20,6 +20,8 @@ use crate::policy::Mode;
 pub struct Wish {
     /// The CPUs to use, in this order; `None` for all that are allowed.
     pub cpus: Option<CpuList>,
+    /// Those of all that are allowed to begin with: the ones that take the interrupts of disks, say.
+    pub first: Vec<u32>,
     /// The most threads to run; `None` for one per CPU, as far as a CPU quota pays for them.
     pub threads: Option<NonZeroUsize>,
 }
@@ -114,7 +116,7 @@ pub enum PlacementError {
 pub fn layout(machine: &Machine, wish: &Wish) -> Result<Layout, PlacementError> {
     let cpus = match &wish.cpus {
         Some(list) => explicit(machine, list)?,
-        None => preferred(&machine.allowed),
+        None => preferred(&machine.allowed, &wish.first),
     };
     if cpus.is_empty() {
         return Err(PlacementError::NoCpu);
@@ -156,14 +158,15 @@ fn explicit(machine: &Machine, list: &CpuList) -> Result<Vec<u32>, PlacementErro
     })
 }
 
-/// The order in which CPUs are used: one of each core before its siblings, and CPU 0 last, where the kernel puts
-/// its own chores and interrupts by default.
-fn preferred(allowed: &[Cpu]) -> Vec<u32> {
+/// The order in which CPUs are used: those wished for first, one of each core before its siblings, and CPU 0 last, where
+/// the kernel puts its own chores and interrupts by default.
+fn preferred(allowed: &[Cpu], first: &[u32]) -> Vec<u32> {
     let sibling =
         |cpu: &Cpu| allowed.iter().filter(|other| other.core == cpu.core && other.id < cpu.id).count();
-    let mut cpus: Vec<_> = allowed.iter().map(|cpu| (cpu.id == 0, sibling(cpu), cpu.id)).collect();
+    let mut cpus: Vec<_> =
+        allowed.iter().map(|cpu| (!first.contains(&cpu.id), cpu.id == 0, sibling(cpu), cpu.id)).collect();
     cpus.sort_unstable();
-    cpus.into_iter().map(|(_, _, id)| id).collect()
+    cpus.into_iter().map(|(.., id)| id).collect()
 }
 
 /// What a seat has to do so far.
@@ -275,7 +278,7 @@ mod tests {
     }
 
     fn wish(cpus: &str, threads: usize) -> Wish {
-        Wish { cpus: cpus.parse().ok(), threads: NonZeroUsize::new(threads) }
+        Wish { cpus: cpus.parse().ok(), threads: NonZeroUsize::new(threads), ..Wish::default() }
     }
 
     fn queues(count: usize, mode: Mode) -> Vec<Queue> {
@@ -297,6 +300,12 @@ mod tests {
             ("4,2", 3, vec![4, 2, 4]),
         ] {
             assert_eq!(layout(&machine, &wish(cpus, threads)).unwrap().seats, expected, "{cpus} {threads}");
+        }
+        for (cpus, first, expected) in
+            [("", vec![3, 0, 9], vec![3, 0, 1, 2, 4]), ("4,2", vec![2], vec![4, 2])]
+        {
+            let wish = Wish { first, ..wish(cpus, 0) };
+            assert_eq!(layout(&machine, &wish).unwrap().seats, expected, "named CPUs keep their order");
         }
     }
 

@@ -28,6 +28,13 @@ impl Condition {
         }
     }
 
+    /// The condition of these names, where there is one.
+    pub(crate) fn parse(backend: &str, op: &str, qd: u16, jobs: u16) -> Option<Self> {
+        let all = Matrix::full(1);
+        let named = |condition: &Self| condition.backend_name() == backend && condition.op.name() == op;
+        all.conditions().into_iter().find(named).map(|condition| Self { qd, jobs, ..condition })
+    }
+
     pub(crate) fn title(&self) -> String {
         let jobs = if self.jobs == 1 { "1 job".to_owned() } else { format!("{} jobs", self.jobs) };
         format!("{}, {}, {} in flight, {jobs}", self.backend_name(), self.op.name(), self.qd)

@@ -15,10 +15,11 @@ mod rows;
 mod runner;
 
 use std::collections::HashSet;
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result, bail, ensure};
-use reactor::Machine;
+use reactor::{Machine, interrupts};
 
 use crate::args::VbmqArgs;
 use crate::backend::{BackendKind, Storage};
@@ -52,14 +53,17 @@ pub(crate) fn run(args: &VbmqArgs) -> Result<()> {
     let fits = |name: &str| args.only.is_empty() || args.only.iter().any(|only| named(only, name));
     rows.all.retain(|row| fits(&row.name));
     ensure!(!rows.all.is_empty(), "no row fits --only");
-    let places = place::places(&Machine::read());
+    if let Some(path) = &args.from {
+        return report_kept(args, &rows, path);
+    }
+    let storage = Storage::new(args.dir.as_deref(), args.quick);
+    let places = place::places(&Machine::read(), &interrupts::cpus_of_disks([storage.folder()].into_iter()));
     let conditions = matrix(args, &places)?.conditions();
     let pace = if args.quick { QUICK } else { FULL };
     let repetitions = args.repetitions.unwrap_or(pace.repetitions);
     let measure_ms = args.measure_ms.unwrap_or(pace.measure_ms);
 
     let stop = signals::stop_flag()?;
-    let storage = Storage::new(args.dir.as_deref(), args.quick);
     let mut runner = Runner::new(&rows, places, storage, measure_ms, &stop);
     let mut report = describe(&runner, &conditions, repetitions);
     let mut kept = Kept::create(args.csv.as_deref(), report::csv::HEADER)?;
@@ -70,9 +74,7 @@ pub(crate) fn run(args: &VbmqArgs) -> Result<()> {
         anyhow::Ok(())
     };
     let outcome = measure_all(&mut runner, &conditions, repetitions, &mut report, &mut keep, &stop);
-    report.rows = Report::lines(&samples);
-    remark_distance(&mut report, &samples);
-    report.predictions = predict::predict(&report.rows, runner.places.len());
+    conclude(&mut report, &samples, runner.places.len());
     write(args, &report)?;
     outcome?;
     ensure!(!stop.load(Ordering::Relaxed), "interrupted after {} measurements", samples.len());
@@ -80,6 +82,31 @@ pub(crate) fn run(args: &VbmqArgs) -> Result<()> {
         0 => Ok(()),
         count => bail!("{count} of the measurements failed"),
     }
+}
+
+/// What the samples come to, measured on so many CPUs.
+fn conclude(report: &mut Report, samples: &[Sample], cpus: usize) {
+    report.rows = Report::lines(samples);
+    remark_distance(report, samples);
+    report.predictions = predict::predict(&report.rows, cpus);
+}
+
+/// Reports what an earlier run measured, on this machine as far as anybody knows.
+fn report_kept(args: &VbmqArgs, rows: &Rows, path: &Path) -> Result<()> {
+    let what = || format!("cannot report {}", path.display());
+    let samples =
+        std::fs::read_to_string(path).map_err(anyhow::Error::new).and_then(|text| report::csv::parse(&text));
+    let samples = samples.with_context(what)?;
+    let measured = |row: &&rows::Row| samples.iter().any(|sample| sample.row == row.name);
+    let mut report = Report {
+        machine: machine(),
+        date: today(),
+        method: format!("{} repetitions from {}, medians; 4 KiB requests", samples.len(), path.display()),
+        about: rows.all.iter().filter(measured).map(About::of).collect(),
+        ..Report::default()
+    };
+    conclude(&mut report, &samples, Machine::read().allowed.len());
+    write(args, &report)
 }
 
 fn matrix(args: &VbmqArgs, places: &[Place]) -> Result<Matrix> {
@@ -105,11 +132,6 @@ fn matrix(args: &VbmqArgs, places: &[Place]) -> Result<Matrix> {
 
 /// The report before anything was measured.
 fn describe(runner: &Runner<'_>, conditions: &[Condition], repetitions: u32) -> Report {
-    let about = |row: &rows::Row| About {
-        row: row.name.clone(),
-        title: row.title.clone(),
-        change: row.change.clone(),
-    };
     Report {
         machine: machine(),
         date: today(),
@@ -117,12 +139,9 @@ fn describe(runner: &Runner<'_>, conditions: &[Condition], repetitions: u32) -> 
             "{} ms each in a guest of its own, {repetitions} interleaved repetitions, medians; 4 KiB requests",
             runner.measure_ms
         ),
-        about: runner.rows.all.iter().map(about).collect(),
-        rows: Vec::new(),
-        skipped: Vec::new(),
-        failed: Vec::new(),
+        about: runner.rows.all.iter().map(About::of).collect(),
         remarks: remarks(runner, conditions),
-        predictions: Vec::new(),
+        ..Report::default()
     }
 }
 
@@ -235,7 +254,7 @@ fn remark_distance(report: &mut Report, samples: &[Sample]) {
     let only = report.rows.iter().filter(|line| is_far(line.hop_ns)).count();
     if far > 0 {
         report.remarks.push(format!(
-            "it took longer in {far} of {} repetitions, because the host moves virtual CPUs between cores: these do not \
+            "it took another time in {far} of {} repetitions, because the host moves virtual CPUs between cores: these do not \
              count, but for {only} lines where there is no other",
             samples.len()
         ));

@@ -18,6 +18,8 @@ pub(crate) struct Place {
     pub(crate) core: u32,
     /// The first CPU of those that share its last-level cache.
     pub(crate) cache: u32,
+    /// Whether it takes the interrupts of the disk that the file is on: then it is one for an I/O thread.
+    pub(crate) storage: bool,
 }
 
 /// The CPUs of a row, in the order of the queues. Empty if nothing is pinned.
@@ -27,9 +29,14 @@ pub(crate) struct Seats {
     pub(crate) vcpu: Vec<u32>,
 }
 
-/// The CPUs that this process may use.
-pub(crate) fn places(machine: &Machine) -> Vec<Place> {
-    let place = |cpu: &reactor::Cpu| Place { cpu: cpu.id, core: cpu.core, cache: cache_of(cpu.id) };
+/// The CPUs that this process may use; `storage` are those that take the interrupts of the disk.
+pub(crate) fn places(machine: &Machine, storage: &[u32]) -> Vec<Place> {
+    let place = |cpu: &reactor::Cpu| Place {
+        cpu: cpu.id,
+        core: cpu.core,
+        cache: cache_of(cpu.id),
+        storage: storage.contains(&cpu.id),
+    };
     machine.allowed.iter().map(place).collect()
 }
 
@@ -53,12 +60,13 @@ pub(crate) fn seats(places: &[Place], placement: Placement, jobs: u16) -> Seats 
     }
 }
 
-/// I/O threads on the first CPUs, vCPUs on the next, one CPU of each core before its siblings.
+/// I/O threads on the first CPUs, vCPUs on the next, one CPU of each core before its siblings, and those with the disk's
+/// interrupts before the others.
 fn apart(places: &[Place], jobs: usize) -> Seats {
     let sibling = |place: &Place| places.iter().filter(|p| p.core == place.core && p.cpu < place.cpu).count();
-    let mut order: Vec<_> = places.iter().map(|place| (sibling(place), place.cpu)).collect();
+    let mut order: Vec<_> = places.iter().map(|place| (sibling(place), !place.storage, place.cpu)).collect();
     order.sort_unstable();
-    let cpus: Vec<u32> = order.into_iter().map(|(_, cpu)| cpu).collect();
+    let cpus: Vec<u32> = order.into_iter().map(|(.., cpu)| cpu).collect();
     let io = jobs.min(cpus.len() / 2).max(1);
     let vcpu = jobs.min(cpus.len().saturating_sub(io)).max(1);
     // With a single CPU both are on it.
@@ -72,11 +80,12 @@ fn near(places: &[Place], jobs: usize) -> Seats {
         return apart(places, jobs);
     }
     let mut free = places.to_vec();
-    free.sort_unstable_by_key(|place| (place.cache, place.core, place.cpu));
+    free.sort_unstable_by_key(|place| (!place.storage, place.cache, place.core, place.cpu));
     let mut seats = Seats::default();
     for _ in 0..jobs {
         let io = free.remove(0);
-        let distance = |place: &Place| (place.cache != io.cache, place.core == io.core, place.cpu);
+        let distance =
+            |place: &Place| (place.cache != io.cache, place.core == io.core, place.storage, place.cpu);
         let Some(nearest) = (0..free.len()).min_by_key(|&at| distance(&free[at])) else { break };
         seats.io.push(io.cpu);
         seats.vcpu.push(free.remove(nearest).cpu);
@@ -112,7 +121,7 @@ mod tests {
     use super::*;
 
     fn machine(places: &[(u32, u32, u32)]) -> Vec<Place> {
-        places.iter().map(|&(cpu, core, cache)| Place { cpu, core, cache }).collect()
+        places.iter().map(|&(cpu, core, cache)| Place { cpu, core, cache, storage: false }).collect()
     }
 
     #[test]
@@ -124,6 +133,11 @@ mod tests {
             }
         }
         assert!(!nearness_matters(&two, 1));
+        let mut second = two.clone();
+        second[1].storage = true;
+        for placement in [Placement::Apart, Placement::Near] {
+            assert_eq!(seats(&second, placement, 1), Seats { io: vec![1], vcpu: vec![0] });
+        }
         assert_eq!(seats(&two, Placement::None, 2), Seats::default());
     }
 
@@ -164,6 +178,6 @@ mod tests {
 
     #[test]
     fn this_machine_has_places() {
-        assert!(!places(&Machine::read()).is_empty());
+        assert!(!places(&Machine::read(), &[]).is_empty());
     }
 }

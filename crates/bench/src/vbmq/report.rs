@@ -9,7 +9,7 @@ use serde::Serialize;
 use super::condition::Condition;
 use super::figures::Figures;
 use super::predict::Prediction;
-use super::rows::{BARE_METAL, BASELINE};
+use super::rows::{BARE_METAL, BASELINE, Row};
 use crate::hop;
 use crate::row::median;
 
@@ -53,6 +53,12 @@ pub(crate) struct About {
     pub(crate) change: String,
 }
 
+impl About {
+    pub(crate) fn of(row: &Row) -> Self {
+        Self { row: row.name.clone(), title: row.title.clone(), change: row.change.clone() }
+    }
+}
+
 /// Why something is missing.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub(crate) struct Missing {
@@ -63,7 +69,7 @@ pub(crate) struct Missing {
 }
 
 /// A whole run.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Default, Serialize)]
 pub(crate) struct Report {
     pub(crate) machine: String,
     pub(crate) date: String,
@@ -130,7 +136,7 @@ impl Line {
     /// Whether both were measured with the CPUs at one distance: ratios of others say nothing.
     fn is_as_near_as(&self, other: &Self) -> bool {
         let Some((ours, theirs)) = self.hop_ns.zip(other.hop_ns) else { return true };
-        hop::is_near(ours, theirs) && hop::is_near(theirs, ours)
+        hop::is_near(ours, theirs)
     }
 
     pub(crate) fn condition(&self) -> String {
@@ -141,7 +147,7 @@ impl Line {
 
 /// The shortest distance between the CPUs at which something was measured.
 pub(crate) fn nearest_ns(samples: &[Sample]) -> Option<f64> {
-    samples.iter().filter_map(|sample| sample.figures.hop_ns).reduce(f64::min)
+    hop::nearest_ns(samples.iter().filter_map(|sample| sample.figures.hop_ns))
 }
 
 /// Medians over repetitions. Those during which the CPUs were farther apart than in others do not count, unless there

@@ -6,7 +6,7 @@ use std::sync::mpsc::Sender;
 
 use anyhow::{Context, anyhow};
 use blk::Blk;
-use reactor::Pool;
+use reactor::{Mode, Pool};
 use rng::Rng;
 use vmm::{Config, Kernel, Machine, PciDevice};
 
@@ -29,7 +29,9 @@ pub(super) fn build(
         let disk = open(disk, vcpus).map_err(Failure::Usage)?;
         devices.push(PciDevice::new(Arc::new(disk), format!("disk{index}"), options.poll));
     }
-    devices.push(PciDevice::new(Arc::new(Rng::new(None)), "rng", options.poll));
+    // Guests ask for entropy now and then: no thread polls for that all the time.
+    let poll = if options.poll == Mode::Poll { Mode::Hybrid } else { options.poll };
+    devices.push(PciDevice::new(Arc::new(Rng::new(None)), "rng", poll));
     let machine = Machine::new(config(options, tell), devices, pool.clone());
     machine.context("cannot build the machine").map_err(Failure::Usage)
 }

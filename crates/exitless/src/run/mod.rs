@@ -22,8 +22,8 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, anyhow};
-use reactor::Pool;
 use reactor::placement::Wish;
+use reactor::{Pool, interrupts};
 use vmm::{Machine, Outcome};
 
 pub(crate) use options::RunOptions;
@@ -48,13 +48,14 @@ pub(crate) fn run(options: &RunOptions) -> Result<(), Failure> {
     vmm::check().map_err(Failure::usage)?;
     // Before the machine takes long to build.
     let metrics = options.metrics.as_ref().map(MetricsSocket::listen).transpose()?;
-    let wish = Wish { cpus: options.io_cpus.clone(), threads: options.io_threads };
+    let disks = machine::disks(options)?;
+    let first = interrupts::cpus_of_disks(disks.iter().filter_map(|disk| disk.backend.path()));
+    let wish = Wish { cpus: options.io_cpus.clone(), first, threads: options.io_threads };
     let pin = options.io_pin == Switch::On;
     let pool = Pool::start(reactor::Options { wish, pin, ..reactor::Options::default() });
     let pool = pool.map_err(Failure::usage)?;
     let pool = Arc::new(pool);
     let (tell, said) = mpsc::channel();
-    let disks = machine::disks(options)?;
     let machine = Arc::new(machine::build(options, &disks, &pool, tell.clone())?);
     let metrics = metrics.map(|socket| serve_metrics(socket, &machine, options.quiet)).transpose()?;
     let loan = if options.kernel.is_some() { Loan::take(&mut signals)? } else { None };

@@ -49,7 +49,8 @@ pub struct RunOptions {
     #[arg(long, value_name = "MODE", value_parser = mode_parser(), default_value_t = Mode::Hybrid)]
     pub poll: Mode,
 
-    /// CPUs to run I/O threads on, one thread each, like `2-5,7` [default: as needed, on the CPUs of this process].
+    /// CPUs to run I/O threads on, one thread each, like `2-5,7` [default: as needed, beginning with those that take
+    /// the interrupts of the disks].
     #[arg(long, value_name = "LIST")]
     pub io_cpus: Option<CpuList>,
 

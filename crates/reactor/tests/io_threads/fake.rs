@@ -25,8 +25,11 @@ pub(crate) fn wait_until(what: &str, condition: impl Fn() -> bool) {
 pub(crate) fn pool() -> Pool {
     let first = Machine::read().allowed[0].id.to_string();
     let cpus: Option<CpuList> = first.parse().ok();
-    Pool::start(Options { wish: reactor::placement::Wish { cpus, threads: None }, ..Options::default() })
-        .unwrap()
+    Pool::start(Options {
+        wish: reactor::placement::Wish { cpus, ..Default::default() },
+        ..Options::default()
+    })
+    .unwrap()
 }
 
 /// What the driver and the poller share.

@@ -3,7 +3,7 @@ use crate::case::Op;
 use crate::vbmq::place::Place;
 
 fn runner<'a>(rows: &'a Rows, stop: &'a AtomicBool, cpus: u32) -> Runner<'a> {
-    let places = (0..cpus).map(|cpu| Place { cpu, core: cpu, cache: 0 }).collect();
+    let places = (0..cpus).map(|cpu| Place { cpu, core: cpu, cache: 0, storage: false }).collect();
     Runner::new(rows, places, Storage::new(None, true), 50, stop)
 }
 
