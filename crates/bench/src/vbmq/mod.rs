@@ -91,7 +91,7 @@ fn conclude(report: &mut Report, samples: &[Sample], cpus: usize) {
     report.predictions = predict::predict(&report.rows, cpus);
 }
 
-/// Reports what an earlier run measured, on this machine as far as anybody knows.
+/// Reports what an earlier run measured. The rows do not say when and on what; the model takes this machine's CPUs.
 fn report_kept(args: &VbmqArgs, rows: &Rows, path: &Path) -> Result<()> {
     let what = || format!("cannot report {}", path.display());
     let samples =
@@ -99,9 +99,9 @@ fn report_kept(args: &VbmqArgs, rows: &Rows, path: &Path) -> Result<()> {
     let samples = samples.with_context(what)?;
     let measured = |row: &&rows::Row| samples.iter().any(|sample| sample.row == row.name);
     let mut report = Report {
-        machine: machine(),
+        machine: format!("rows of {}, as reported on {}", path.display(), machine()),
         date: today(),
-        method: format!("{} repetitions from {}, medians; 4 KiB requests", samples.len(), path.display()),
+        method: format!("{} repetitions, medians; 4 KiB requests", samples.len()),
         about: rows.all.iter().filter(measured).map(About::of).collect(),
         ..Report::default()
     };

@@ -232,21 +232,6 @@ impl<'a> Runner<'a> {
         guest: Option<&Path>,
         dir: &Path,
     ) -> Vec<String> {
-        let base = if row.kind == RowKind::Qemu { &self.rows.qemu } else { &self.rows.monitor };
-        let values = self.values(row, condition, target, backend, guest, dir);
-        let words = base.iter().chain(&row.args).map(|word| own_program(&filled(word, &values)));
-        words.flat_map(|word| split(&word)).collect()
-    }
-
-    fn values(
-        &self,
-        row: &Row,
-        condition: &Condition,
-        target: &Target,
-        backend: &str,
-        guest: Option<&Path>,
-        dir: &Path,
-    ) -> Vec<(&'static str, String)> {
         let seats = self.seats(row, condition.jobs);
         let list = |cpus: &[u32]| cpus.iter().map(u32::to_string).collect::<Vec<_>>().join(",");
         let one = row.one_queue;
@@ -259,7 +244,7 @@ impl<'a> Runner<'a> {
         let verify = condition.backend == BackendKind::Memory;
         let irq = row.completion == Completion::Interrupt;
         let path = |path: Option<&Path>| path.map_or(String::new(), |path| path.display().to_string());
-        vec![
+        let values = [
             ("{backend}", backend.to_owned()),
             ("{size}", target.bytes.to_string()),
             ("{path}", path(target.path.as_deref())),
@@ -280,7 +265,10 @@ impl<'a> Runner<'a> {
             ("{mapping}", mapping.join(",")),
             ("{guest}", path(guest)),
             ("{socket}", dir.join("blk.sock").display().to_string()),
-        ]
+        ];
+        let base = if row.kind == RowKind::Qemu { &self.rows.qemu } else { &self.rows.monitor };
+        let words = base.iter().chain(&row.args).map(|word| own_program(&filled(word, &values)));
+        words.flat_map(|word| split(&word)).collect()
     }
 }
 

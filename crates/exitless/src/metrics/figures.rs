@@ -3,7 +3,7 @@
 use std::fmt::Display;
 
 use vmm::Snapshot;
-use vmm::stats::VcpuSnapshot;
+use vmm::stats::{ThreadSnapshot, VcpuSnapshot};
 
 use super::text::{Text, seconds};
 use crate::control::{DeviceInfo, QueueStats, Stats};
@@ -29,19 +29,7 @@ pub(crate) fn of_machine(snapshot: &Snapshot) -> String {
         .collect();
     queue_families(&mut text, &queues);
     doorbells(&mut text, snapshot);
-    let threads: Vec<_> = snapshot
-        .threads
-        .iter()
-        .map(|thread| Thread {
-            name: &thread.name,
-            cpu: thread.cpu,
-            busy_ns: thread.busy_ns,
-            asleep_ns: thread.asleep_ns,
-            total_ns: thread.total_ns,
-            sleeps: thread.sleeps,
-        })
-        .collect();
-    thread_families(&mut text, &threads);
+    thread_families(&mut text, &snapshot.threads);
     text.into_string()
 }
 
@@ -73,8 +61,8 @@ pub(crate) fn of_service(devices: &[DeviceInfo], stats: &Stats) -> String {
     let threads: Vec<_> = stats
         .threads
         .iter()
-        .map(|thread| Thread {
-            name: &thread.name,
+        .map(|thread| ThreadSnapshot {
+            name: thread.name.clone(),
             cpu: thread.cpu,
             busy_ns: thread.busy_ns,
             asleep_ns: thread.asleep_ns,
@@ -240,18 +228,8 @@ fn queue_families(text: &mut Text, queues: &[Queue<'_>]) {
     }
 }
 
-/// An I/O thread.
-struct Thread<'a> {
-    name: &'a str,
-    cpu: u32,
-    busy_ns: u64,
-    asleep_ns: u64,
-    total_ns: u64,
-    sleeps: u64,
-}
-
-fn thread_families(text: &mut Text, threads: &[Thread<'_>]) {
-    type Time = (&'static str, &'static str, fn(&Thread<'_>) -> u64);
+fn thread_families(text: &mut Text, threads: &[ThreadSnapshot]) {
+    type Time = (&'static str, &'static str, fn(&ThreadSnapshot) -> u64);
     // What is derived from several of them, read one after the other, would not only grow.
     const TIMES: [Time; 3] = [
         (

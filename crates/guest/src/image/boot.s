@@ -14,6 +14,20 @@
 .set MSR_EFER, 0xC0000080
 .set EFER_LME, 0x100
 
+// Paging and long mode, from real or protected mode; a far jump has to follow. Changes eax, ecx and edx.
+.macro long_mode
+    mov eax, offset page_map
+    mov cr3, eax
+    mov eax, CR4_LONG
+    mov cr4, eax
+    mov ecx, MSR_EFER
+    rdmsr
+    or eax, EFER_LME
+    wrmsr
+    mov eax, CR0_LONG
+    mov cr0, eax
+.endm
+
 // Where a loader enters (XEN_ELFNOTE_PHYS32_ENTRY of the PVH boot protocol).
 .section .note.pvh, "a", @note
     .balign 4
@@ -27,16 +41,7 @@
 pvh_entry:
     mov esp, offset scratch_stack_end
     push ebx                        // the physical address of the start information
-    mov eax, offset page_map
-    mov cr3, eax
-    mov eax, CR4_LONG
-    mov cr4, eax
-    mov ecx, MSR_EFER
-    rdmsr
-    or eax, EFER_LME
-    wrmsr
-    mov eax, CR0_LONG
-    mov cr0, eax
+    long_mode
     lgdt [gdt_register]
     // The first processor's task segment; the address is scattered over the descriptor.
     mov eax, offset tasks
@@ -83,16 +88,7 @@ trampoline:
     mov ds, ax
     .byte 0x66, 0x0F, 0x01, 0x16    // lgdt with a 32-bit base
     .word (trampoline_gdt_register - trampoline) + TRAMPOLINE
-    mov eax, offset page_map
-    mov cr3, eax
-    mov eax, CR4_LONG
-    mov cr4, eax
-    mov ecx, MSR_EFER
-    rdmsr
-    or eax, EFER_LME
-    wrmsr
-    mov eax, CR0_LONG
-    mov cr0, eax
+    long_mode
     .byte 0x66, 0xEA                // a far jump to 32 bits of offset
     .long other_long
     .word SELECTOR_CODE0
