@@ -41,6 +41,19 @@ fn two_rows_are_measured_and_compared() {
     }
     assert!(report["remarks"].as_array().is_some() && report["failed"].as_array().unwrap().is_empty());
     assert_eq!(std::fs::read_to_string(&csv).unwrap().lines().count(), 3);
+
+    let mut command = Command::new(env!("CARGO_BIN_EXE_exitless"));
+    let output = command.args(["bench", "vbmq", "--json", "--from"]).arg(&csv).output().unwrap();
+    let again: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    for (kept, row) in again["rows"].as_array().unwrap().iter().zip(rows) {
+        let whole = |row: &serde_json::Value| row["iops"].as_f64().unwrap().round();
+        assert_eq!(
+            (&kept["row"], whole(kept)),
+            (&row["row"], whole(row)),
+            "what was kept is what was measured"
+        );
+    }
+    assert_eq!(again["rows"].as_array().unwrap().len(), rows.len());
 }
 
 #[test]
