@@ -108,7 +108,8 @@ struct DirectAlign {
 /// An open file, as the queues share it.
 ///
 /// It is locked twice. While a queue runs, a [`hold::Hold`] has `buffered` locked, against any other use. And with
-/// [`Lock::On`], `_owner` is locked for as long as it is open, which says whose the image is while no queue runs.
+/// [`Lock::On`], `owner` is locked for as long as it is open, which says whose the image is while no queue runs, and
+/// `buffered` against QEMU.
 #[derive(Debug)]
 struct Opened {
     path: PathBuf,
@@ -116,8 +117,8 @@ struct Opened {
     buffered: OwnedFd,
     /// Goes past it.
     direct: Option<(OwnedFd, DirectAlign)>,
-    /// A descriptor for the lock alone: it goes with this process, whatever the kernel still does for a ring.
-    _owner: Option<OwnedFd>,
+    /// Says that the image is this process's own.
+    owner: Option<OwnedFd>,
     users: Mutex<hold::Users>,
     options: FileOptions,
     kind: Kind,
@@ -136,6 +137,14 @@ enum Kind {
     Regular,
     /// A block device.
     Block,
+}
+
+impl Drop for Opened {
+    fn drop(&mut self) {
+        if self.owner.is_some() {
+            hold::disown(&self.buffered, &self.path);
+        }
+    }
 }
 
 impl Opened {

@@ -6,7 +6,6 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::sync::Mutex;
-use std::time::Duration;
 
 use rustix::fs::{
     AtFlags, FallocateFlags, FileType, Mode, OFlags, SeekFrom, StatxFlags, fallocate, fstat, fstatfs,
@@ -15,16 +14,13 @@ use rustix::fs::{
 use rustix::io::Errno;
 
 use super::bounce::Bounce;
-use super::{Direct, DirectAlign, FileOptions, Kind, Lock, Opened};
+use super::{Direct, DirectAlign, FileOptions, Kind, Lock, Opened, hold};
 use crate::backend::BackendError;
-use crate::backends::lock;
 
 /// `TMPFS_MAGIC`, linux/magic.h.
 const TMPFS_MAGIC: u64 = 0x0102_1994;
 /// What is said of a file that is locked.
 const IN_USE: &str = "another process uses it (lock=late opens it all the same and waits when a guest comes, lock=off overrides)";
-/// How long a process that was killed may take to end: the memory of a large guest takes a while to unmap.
-const END_WAIT: Duration = Duration::from_secs(1);
 /// The least and most of what is announced as a unit.
 const BLOCK_BYTES_MIN: u32 = 512;
 const BLOCK_BYTES_MAX: u32 = 4096;
@@ -55,7 +51,7 @@ pub(super) fn open(path: &Path, options: FileOptions) -> Result<(Opened, u64), B
         Lock::Late | Lock::Off => None,
     };
     if let Some(owner) = &owner {
-        own(owner, path, !options.read_only).map_err(|error| match error.kind() {
+        hold::own(owner, &buffered, path, !options.read_only).map_err(|error| match error.kind() {
             io::ErrorKind::WouldBlock => failed("locking it", &IN_USE),
             _ => failed("locking it", &error),
         })?;
@@ -88,20 +84,13 @@ pub(super) fn open(path: &Path, options: FileOptions) -> Result<(Opened, u64), B
         block_bytes: natural.clamp(BLOCK_BYTES_MIN, BLOCK_BYTES_MAX).next_power_of_two(),
         buffered,
         direct,
-        _owner: owner,
+        owner,
         users: Mutex::default(),
         options,
         kind,
     };
     tracing::debug!(?opened, bytes, "opened");
     Ok((opened, bytes & !511))
-}
-
-/// Makes the image ours. Where another service has it, that is soon clear: one that was killed ends soon. What the kernel
-/// still does for that is waited for longer.
-fn own(owner: &OwnedFd, path: &Path, write: bool) -> io::Result<()> {
-    lock::wait(path, END_WAIT, || lock::lock(owner, lock::OWNERSHIP, write))?;
-    lock::wait(path, lock::WAIT, || lock::test(owner, lock::USE, write))
 }
 
 fn permission(options: FileOptions) -> &'static str {
