@@ -11,6 +11,7 @@ use std::sync::Arc;
 use blk::Backend;
 use blk::backends::file::{Direct, Engine, File, FileOptions, Lock};
 use fake::{DISCARD, OK, Rig, Ring, WRITE_ZEROES, pattern, range};
+use seccompiler::{BpfProgram, SeccompAction, SeccompFilter};
 
 const BYTES: u64 = 1 << 20;
 
@@ -104,6 +105,35 @@ fn what_has_no_size_is_refused() {
             assert!(error.contains("0 bytes"), "{error}");
         }
     }
+}
+
+/// Containers and administrators forbid io_uring.
+#[test]
+fn an_io_uring_that_is_refused_shows_at_opening() {
+    let path = PathBuf::from(env!("CARGO_TARGET_TMPDIR"))
+        .join(format!("exitless-blk-{}-no-uring", std::process::id()));
+    std::fs::File::create(&path).unwrap().set_len(BYTES).unwrap();
+    let with = |engine| open(&path, FileOptions { engine, ..FileOptions::default() });
+    with(Engine::Uring).unwrap();
+    std::thread::scope(|scope| {
+        // The filter is for this thread alone.
+        scope.spawn(|| {
+            forbid_io_uring();
+            let error = with(Engine::Uring).unwrap_err();
+            assert!(error.contains("engine=uring: "), "{error}");
+            with(Engine::Auto).unwrap();
+            with(Engine::Inline).unwrap();
+        });
+    });
+    std::fs::remove_file(&path).unwrap();
+}
+
+fn forbid_io_uring() {
+    let (rules, arch) =
+        ([(libc::SYS_io_uring_setup, vec![])].into(), std::env::consts::ARCH.try_into().unwrap());
+    let refuse = SeccompAction::Errno(libc::EPERM as u32);
+    let filter = SeccompFilter::new(rules, SeccompAction::Allow, refuse, arch).unwrap();
+    seccompiler::apply_filter(&BpfProgram::try_from(filter).unwrap()).unwrap();
 }
 
 /// Whoever grows an image that is not locked must find all that is written.
