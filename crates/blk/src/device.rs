@@ -53,6 +53,20 @@ impl Default for Options {
     }
 }
 
+/// The capacity in sectors of storage that is used in whole blocks.
+fn whole_blocks(bytes: u64, block_bytes: u32) -> u64 {
+    let beyond = bytes % u64::from(block_bytes);
+    if beyond > 0 {
+        tracing::warn!(
+            bytes,
+            block_bytes,
+            beyond,
+            "no whole blocks: the guest does not see what is beyond the last one"
+        );
+    }
+    (bytes - beyond) / SECTOR_BYTES
+}
+
 /// A disk cannot be presented like that.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum OptionsError {
@@ -68,6 +82,9 @@ pub enum OptionsError {
     /// An impossible block size.
     #[error("logical blocks of {0} bytes: the size must be 512, 1024, 2048 or 4096")]
     BlockBytes(u32),
+    /// The storage has not one block.
+    #[error("a disk of {0} bytes: it must have at least one block, of {1} bytes")]
+    Small(u64, u32),
 }
 
 /// What the queues' workers share. Everything that changes is one atomic value.
@@ -133,6 +150,10 @@ impl Blk {
             return Err(OptionsError::BlockBytes(logical_block_bytes));
         }
         let mut geometry = backend.geometry();
+        let sectors = whole_blocks(geometry.bytes, logical_block_bytes);
+        if sectors == 0 {
+            return Err(OptionsError::Small(geometry.bytes, logical_block_bytes));
+        }
         let features = config::offered(&geometry, &options);
         geometry.read_only = config::read_only(&geometry, &options);
         let mut padded = [0; SERIAL_BYTES];
@@ -141,7 +162,7 @@ impl Blk {
             backend,
             serial: padded,
             limiter: Limiter::new(options.rate),
-            sectors: AtomicU64::new(geometry.bytes / SECTOR_BYTES),
+            sectors: AtomicU64::new(sectors),
             geometry,
             writeback: AtomicBool::new(true),
             writeback_chosen: AtomicBool::new(false),
@@ -161,7 +182,8 @@ impl Blk {
     /// # Errors
     /// The storage cannot have that size. Nothing was changed.
     pub fn resize(&self, bytes: Option<u64>) -> Result<u64, BackendError> {
-        let sectors = self.shared.backend.resize(bytes)?.bytes / SECTOR_BYTES;
+        let bytes = self.shared.backend.resize(bytes)?.bytes;
+        let sectors = whole_blocks(bytes, self.options.logical_block_bytes);
         let before = self.shared.sectors.swap(sectors, Ordering::Relaxed);
         if before != sectors {
             tracing::info!(before, sectors, "disk resized");
