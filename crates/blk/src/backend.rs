@@ -134,6 +134,11 @@ pub trait Backend: Send + Sync {
     /// The storage is not to be had now: the queue does not start.
     fn channel(&self, memory: &Arc<Memory>, depth: u16) -> Result<ChannelBuilder, BackendError>;
 
+    /// How many descriptors each channel takes.
+    fn channel_descriptors(&self) -> u32 {
+        0
+    }
+
     /// Grows or shrinks the storage, or takes over a size that it was given from outside (`bytes` None). Requests
     /// that were checked against a larger size may still be under way; they fail or not, but do no harm.
     ///
