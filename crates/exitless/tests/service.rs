@@ -538,3 +538,22 @@ impl Drop for Quota {
         let _ = fs::remove_dir(&self.0);
     }
 }
+
+#[test]
+fn an_image_is_kept_from_qemu_while_nobody_is_connected() {
+    let scratch = Scratch::new();
+    let (socket, image) = (scratch.path("a.sock"), scratch.path("a.raw"));
+    fs::File::create(&image).unwrap().set_len(1 << 20).unwrap();
+    let qemu_io = || Command::new("qemu-io").args(["-f", "raw", "-c", "write 0 512", &image]).output();
+    if let Err(error) = qemu_io() {
+        return needs::skip(format_args!("no qemu-io: {error}"));
+    }
+    let backend = format!("file:{image}");
+    for signal in [Signal::TERM, Signal::KILL] {
+        let mut service = Service::start(&["blk", "--socket", &socket, "--backend", &backend]);
+        service.line("ready: ");
+        assert!(!qemu_io().unwrap().status.success(), "it writes what a service has");
+        service.end(signal);
+        assert!(qemu_io().unwrap().status.success(), "it is kept from what nobody has");
+    }
+}
