@@ -132,7 +132,7 @@ impl Queue {
             config;
         let poison_seen = Memory::poisonings();
         if let Some(record) = &mut inflight {
-            state = Some(record.recover(&DeviceRing::new(&ring, &memory, None)?, state));
+            state = Some(record.recover(&DeviceRing::new(&ring, &memory, None)?, state)?);
         }
         let shared = Arc::new(Shared { call: Mutex::new(call.clone()), ..Shared::default() });
         let queue = Self {
@@ -275,10 +275,15 @@ impl Queue {
     /// Gives chains back. The driver sees them after [`Queue::publish`].
     #[inline(always)]
     pub fn complete(&mut self, burst: impl Iterator<Item = Used>) {
-        if self.in_order.is_none() && self.log.is_none() && self.inflight.is_none() {
-            return self.ring.push_used(&mut self.chains, burst);
+        if self.in_order.is_some() || self.log.is_some() {
+            return self.complete_with_care(burst);
         }
-        self.complete_with_care(burst);
+        match &mut self.inflight {
+            None => self.ring.push_used(&mut self.chains, burst),
+            Some(record) => {
+                self.ring.push_used(&mut self.chains, burst.inspect(|used| record.put(&used.token)));
+            }
+        }
     }
 
     /// Completion with one of the rarer duties.
@@ -296,7 +301,7 @@ impl Queue {
                     }
                 }
                 if let Some(record) = &mut self.inflight {
-                    record.put(&used.token, &self.chains);
+                    record.put(&used.token);
                 }
                 self.ring.push_used(&mut self.chains, std::iter::once(used));
                 next = self.in_order.as_mut().and_then(InOrder::next_ready);

@@ -8,6 +8,8 @@
 
 mod area;
 mod backing;
+#[cfg(feature = "crash-points")]
+mod crash;
 #[cfg(feature = "std")]
 mod dirty;
 #[cfg(feature = "std")]
@@ -26,6 +28,8 @@ use core::fmt;
 
 pub use area::Area;
 pub use backing::Backing;
+#[cfg(feature = "crash-points")]
+pub use crash::crash_at;
 #[cfg(feature = "std")]
 pub use dirty::{DirtyLog, LOG_PAGE_BYTES};
 #[cfg(feature = "std")]

@@ -127,6 +127,9 @@ pub enum RingError {
     /// The device gave back something that it does not have.
     #[error("used entry names {id}, which is not in flight")]
     BadUsed { id: u32 },
+    /// A record of requests in flight that no service leaves behind.
+    #[error("the inflight record is damaged: not each of its {size} entries is in one chain or free")]
+    BadRecord { size: u16 },
     /// Guest memory was taken away.
     #[error("the file behind guest memory was truncated")]
     MemoryGone,
