@@ -11,9 +11,23 @@ use virtio::{GuestAddr, Memory, MemoryError, Region};
 
 use crate::request::RegionInfo;
 
+/// The smallest region, in bytes: a page. Front ends share whole pages, and each region that a buffer lies in makes another
+/// piece of it.
+const REGION_BYTES_MIN: u64 = 4096;
+
 /// Why a change of the memory table was refused. The table is as it was.
 #[derive(Debug, thiserror::Error)]
 pub enum MemoryTableError {
+    /// A region of less than a page.
+    #[error(
+        "memory region at guest address {guest:#x} of {len} bytes: it must have at least {REGION_BYTES_MIN}"
+    )]
+    TooSmall {
+        /// Where the region was to be.
+        guest: u64,
+        /// Its size in bytes.
+        len: u64,
+    },
     /// The file cannot be mapped.
     #[error("memory region at guest address {guest:#x}: {source}")]
     Mapping {
@@ -102,6 +116,9 @@ impl MemoryTable {
 
 impl Entry {
     fn map(info: RegionInfo, fd: &OwnedFd) -> Result<Self, MemoryTableError> {
+        if info.len < REGION_BYTES_MIN {
+            return Err(MemoryTableError::TooSmall { guest: info.guest, len: info.len });
+        }
         let mapping = Mapping::new(fd, info.offset, info.len)
             .map_err(|source| MemoryTableError::Mapping { guest: info.guest, source })?;
         Ok(Self { info, region: Region::new(GuestAddr(info.guest), Arc::new(mapping))? })

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use proptest::prelude::*;
 use virtio::fake::{FakeDriver, FakeOptions, MEMORY_START};
 use virtio::memory::total_len;
-use virtio::ring::{RingFormat, Used};
+use virtio::ring::{RingFormat, Token, Used};
 use virtio::{GuestAddr, Queue, RingError};
 
 const SIZE: u16 = 8;
@@ -44,6 +44,12 @@ fn descriptor() -> impl Strategy<Value = [u8; 16]> {
         raw[14..].copy_from_slice(&fourth.to_le_bytes());
         raw
     })
+}
+
+fn pop(queue: &mut Queue) -> Vec<Token> {
+    let mut tokens = Vec::new();
+    queue.pop(64, &mut tokens);
+    tokens
 }
 
 /// Takes chains, looks at every byte of them, and completes some, until the ring gives no more.
@@ -205,6 +211,53 @@ fn ring_outside_memory_or_unaligned_is_refused() {
         let mut config = fake.queue_config();
         config.ring.size = size;
         assert!(matches!(Queue::new(config).err(), Some(RingError::BadSize(_))), "{size}");
+    }
+}
+
+/// A guest in as many regions as there may be, each a page long, and a table of descriptors in it, each of so many
+/// pages at the same place; the last is writable.
+fn scattered(descriptors: usize, pages: u32) -> (FakeDriver, Queue) {
+    const REGIONS: u64 = 509;
+    let options =
+        FakeOptions { regions: REGIONS, memory_bytes: REGIONS * 4096, ..options(RingFormat::Split) };
+    let mut fake = FakeDriver::new(options);
+    let at = fake.alloc(1).0.next_multiple_of(4096);
+    let table = fake.alloc(4096).0.next_multiple_of(4096);
+    for i in 0..descriptors {
+        let last = i + 1 == descriptors;
+        let flags = if last { WRITE } else { NEXT };
+        let mut raw = at.to_le_bytes().to_vec();
+        raw.extend((pages * 4096).to_le_bytes());
+        raw.extend([flags, i as u16 + 1].iter().flat_map(|word| word.to_le_bytes()));
+        fake.write(GuestAddr(table + 16 * i as u64), &raw);
+    }
+    let ring = fake.ring_config();
+    let mut raw = table.to_le_bytes().to_vec();
+    raw.extend((16 * descriptors as u32).to_le_bytes());
+    raw.extend([INDIRECT, 0].iter().flat_map(|word| word.to_le_bytes()));
+    fake.write(ring.desc, &raw);
+    fake.write(GuestAddr(ring.driver.0 + 2), &1u16.to_le_bytes());
+    let queue = fake.queue().0;
+    (fake, queue)
+}
+
+#[test]
+fn no_chain_becomes_more_segments_than_are_allowed() {
+    for (descriptors, pages) in [(1024, 500), (1024, 65), (1024, 2), (11, 100), (3, 500)] {
+        let (_fake, mut queue) = scattered(descriptors, pages);
+        assert!(pop(&mut queue).is_empty(), "{descriptors} descriptors over {pages} regions");
+        assert!(queue.is_broken());
+    }
+    for (descriptors, pages) in [(1024, 1), (10, 100), (2, 500)] {
+        let (_fake, mut queue) = scattered(descriptors, pages);
+        let tokens = pop(&mut queue);
+        let chain = queue.chain(&tokens[0]);
+        let bytes = u64::from(pages) * 4096;
+        assert_eq!(chain.readable.len(), (descriptors - 1) * pages as usize);
+        assert_eq!(total_len(chain.readable), (descriptors as u64 - 1) * bytes);
+        assert_eq!(total_len(chain.writable), bytes, "what is readable is not writable");
+        assert!(!queue.is_broken());
+        queue.complete(tokens.into_iter().map(|token| Used { token, written: 0 }));
     }
 }
 

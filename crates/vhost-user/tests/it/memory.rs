@@ -79,6 +79,8 @@ fn a_refused_region_changes_nothing() {
         region(&short, free, 4096, u64::MAX - 4096),
         region(&short, u64::MAX - 4096, 4096, 0),
         region(&short, START, 4096, 0),
+        region(&short, free, 4095, 0),
+        region(&short, free, 1, 0),
         region(&directory, free, 4096, 0),
         region(&device, free, 4096, 0),
         region(&pipe, free, 4096, 0),

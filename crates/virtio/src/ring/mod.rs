@@ -16,7 +16,9 @@ mod packed_recovery;
 mod split_device;
 mod split_driver;
 
-pub use chain::{CHAINS_PER_BURST_MAX, Chain, Chains, DESCRIPTORS_PER_CHAIN_MAX, Token, Used};
+pub use chain::{
+    CHAINS_PER_BURST_MAX, Chain, Chains, DESCRIPTORS_PER_CHAIN_MAX, SEGMENTS_PER_CHAIN_MAX, Token, Used,
+};
 pub use descriptor::{Buffer, Descriptor};
 pub use device::DeviceRing;
 pub use driver::{Completion, DriverRing};
@@ -104,6 +106,11 @@ pub enum RingError {
     /// A chain is longer than the ring, which a loop makes it.
     #[error("descriptor chain at {head} does not end within {limit} descriptors")]
     ChainTooLong { head: u16, limit: u32 },
+    /// Buffers that lie in too many memory regions.
+    #[error(
+        "descriptor chain at {head} has buffers of more than {limit} pieces: each memory region they lie in counts"
+    )]
+    TooManySegments { head: u16, limit: u32 },
     /// A chain continues outside its table.
     #[error("descriptor chain at {head} continues at {next}, outside its table of {size}")]
     BadNext { head: u16, next: u16, size: u32 },
