@@ -44,6 +44,8 @@ mod queue_set;
 mod ring_log;
 #[cfg(feature = "std")]
 mod stats;
+#[cfg(feature = "std")]
+mod unkicked;
 
 #[cfg(feature = "std")]
 pub use call::{Call, EventFdCall, Trust};

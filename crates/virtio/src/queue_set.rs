@@ -10,6 +10,7 @@ use crate::kick::Kick;
 use crate::queue::{ErrorHook, Queue, QueueConfig, QueueHandle};
 use crate::ring::{RingError, RingState};
 use crate::stats::QueueCounters;
+use crate::unkicked::unkicked;
 
 /// Why a queue could not start.
 #[derive(Debug, thiserror::Error)]
@@ -43,9 +44,6 @@ pub enum StartError {
         /// What is wrong with the ring.
         source: RingError,
     },
-    /// It would have to be polled for good, and too many are already.
-    #[error("queue {0}: its driver does not kick, and no CPU is free to poll for good")]
-    CannotPoll(u16),
     /// The device lacks something.
     #[error("queue {index}: {source}")]
     NotReady {
@@ -117,20 +115,19 @@ impl QueueSet {
         }
         let thread = |source| StartError::Thread { index, source };
         let group = format!("{}/{}", self.label, self.device.queue_group(index));
-        let nobody_kicks = matches!(config.kick, Kick::Never);
-        // Nobody polls for commands, unless nobody announces them.
+        let kicked = !matches!(config.kick, Kick::Never);
+        // Nobody polls for commands.
         let mode = match self.mode {
-            _ if nobody_kicks => Mode::Poll,
             Mode::Poll if self.device.is_control_queue(index) => Mode::Hybrid,
             mode => mode,
         };
         let (queue, handle) = Queue::new(config).map_err(|source| StartError::Ring { index, source })?;
         let seat = self.pool.place(&group, mode).map_err(thread)?;
-        if nobody_kicks && seat.mode() != Mode::Poll {
-            return Err(StartError::CannotPoll(index));
-        }
-        let builder =
+        let mut builder =
             self.device.start_queue(queue).map_err(|source| StartError::NotReady { index, source })?;
+        if !kicked && seat.mode() != Mode::Poll {
+            builder = unkicked(builder);
+        }
         let poller = seat.add(format!("{}#{index}", self.label), builder).map_err(thread)?;
         *place = Some(Running { poller, queue: handle });
         Ok(())
