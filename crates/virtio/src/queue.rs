@@ -10,7 +10,7 @@
 
 use std::collections::VecDeque;
 use std::os::fd::RawFd;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, Ordering, fence};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use crate::call::Call;
@@ -265,8 +265,9 @@ impl Queue {
             if let Some(order) = &mut self.in_order {
                 order.taken(taken);
             }
-            if Memory::poisonings() != self.poison_seen && self.memory().is_poisoned() {
-                self.break_ring(RingError::MemoryGone);
+            let poisonings = Memory::poisonings();
+            if poisonings != self.poison_seen {
+                self.look_for_poison(poisonings);
             }
         }
         if let Err(error) = result {
@@ -380,6 +381,17 @@ impl Queue {
             && let Some(hook) = self.on_error.take()
         {
             hook(&error);
+        }
+    }
+
+    /// Some memory of this process was taken away, `poisonings` times so far.
+    #[cold]
+    fn look_for_poison(&mut self, poisonings: usize) {
+        // The mapping was marked before the number was raised.
+        fence(Ordering::Acquire);
+        self.poison_seen = poisonings;
+        if self.memory().is_poisoned() {
+            self.break_ring(RingError::MemoryGone);
         }
     }
 

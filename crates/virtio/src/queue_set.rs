@@ -7,6 +7,7 @@ use reactor::{LogLimit, Mode, PollerHandle, PollerState, Pool};
 use crate::call::Call;
 use crate::device::{Device, NotReady};
 use crate::kick::Kick;
+use crate::memory::Quota;
 use crate::queue::{ErrorHook, Queue, QueueConfig, QueueHandle};
 use crate::ring::{RingError, RingState};
 use crate::stats::QueueCounters;
@@ -77,6 +78,7 @@ pub struct QueueSet {
     running: Vec<Option<Running>>,
     /// By queue: what it counted in its earlier lives.
     past: Vec<QueueCounters>,
+    mappings: Quota,
     /// A driver can break its rings as often as it likes.
     broken: Arc<LogLimit>,
 }
@@ -88,13 +90,28 @@ impl QueueSet {
     pub fn new(device: Arc<dyn Device>, pool: Arc<Pool>, mode: Mode, label: impl Into<String>) -> Self {
         let running: Vec<_> = (0..device.queues()).map(|_| None).collect();
         let past = vec![QueueCounters::default(); running.len()];
-        Self { device, pool, mode, label: label.into(), running, past, broken: Arc::default() }
+        Self {
+            device,
+            pool,
+            mode,
+            label: label.into(),
+            running,
+            past,
+            mappings: Quota::new(),
+            broken: Arc::default(),
+        }
     }
 
     /// The device.
     #[must_use]
     pub fn device(&self) -> &Arc<dyn Device> {
         &self.device
+    }
+
+    /// The device's share of the memory mappings in this process, for a transport that maps what a peer asks for.
+    #[must_use]
+    pub fn mappings(&self) -> &Quota {
+        &self.mappings
     }
 
     /// Puts a queue into service on the I/O thread of its group.

@@ -18,6 +18,8 @@ mod lease;
 mod mapping;
 #[cfg(feature = "std")]
 mod origin;
+#[cfg(feature = "std")]
+mod quota;
 mod segment;
 #[cfg(feature = "std")]
 mod sigbus;
@@ -36,6 +38,8 @@ pub use dirty::{DirtyLog, LOG_PAGE_BYTES};
 pub use lease::Lease;
 #[cfg(feature = "std")]
 pub use mapping::{Mapping, MappingError};
+#[cfg(feature = "std")]
+pub use quota::{MAPPINGS_PER_DEVICE_MAX, Quota};
 pub use segment::{Segment, gather, scatter, total_len};
 pub use translate::Translator;
 
