@@ -8,7 +8,7 @@ use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use virtio::memory::{Mapping, MappingError};
+use virtio::memory::{Mapping, MappingError, Quota};
 use virtio::{Inflight, InflightError, RingFormat};
 
 use crate::request::InflightInfo;
@@ -32,8 +32,8 @@ pub(crate) fn allocate(
 }
 
 impl Records {
-    pub(crate) fn map(info: InflightInfo, fd: &OwnedFd) -> Result<Self, MappingError> {
-        let mapping = Arc::new(Mapping::new(fd, info.offset, info.len)?);
+    pub(crate) fn map(quota: &Quota, info: InflightInfo, fd: &OwnedFd) -> Result<Self, MappingError> {
+        let mapping = Arc::new(Mapping::within(quota, fd, info.offset, info.len)?);
         Ok(Self { mapping, queues: info.queues, queue_size: info.queue_size })
     }
 

@@ -22,7 +22,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vhost::vhost_user::message::{VhostUserProtocolFeatures as Protocol, VhostUserVirtioFeatures};
 use virtio::features::RING_FEATURES;
-use virtio::memory::DirtyLog;
+use virtio::memory::{DirtyLog, Quota};
 use virtio::{Device, QueueSet, Trust};
 
 use crate::backend_channel::Channel;
@@ -94,6 +94,8 @@ pub(crate) struct Session {
     features: u64,
     protocol: Protocol,
     memory: MemoryTable,
+    /// The device's share of the memory mappings in this process.
+    mappings: Quota,
     vrings: Vec<Vring>,
     log: Option<DirtyLog>,
     inflight: Option<Records>,
@@ -115,7 +117,10 @@ pub(crate) struct Session {
 impl Session {
     /// `bell` is rung when [`Session::flush`] should be called.
     pub(crate) fn new(queues: Arc<Mutex<QueueSet>>, options: SessionOptions, bell: Arc<Bell>) -> Self {
-        let device = lock(&queues).device().clone();
+        let (device, mappings) = {
+            let queues = lock(&queues);
+            (queues.device().clone(), queues.mappings().clone())
+        };
         Self {
             vrings: (0..device.queues()).map(|_| Vring::default()).collect(),
             device,
@@ -125,7 +130,8 @@ impl Session {
             trust: Trust::default(),
             features: 0,
             protocol: Protocol::empty(),
-            memory: MemoryTable::default(),
+            memory: MemoryTable::new(mappings.clone()),
+            mappings,
             log: None,
             inflight: None,
             lease: None,
@@ -187,7 +193,7 @@ impl Session {
             Request::SetFeatures(features) => self.set_features(features)?,
             Request::SetProtocolFeatures(features) => self.set_protocol_features(features)?,
             Request::SetMemTable(regions) => {
-                let table = MemoryTable::new(regions)?;
+                let table = self.memory.replaced(regions)?;
                 self.reconfigure(|session| session.memory = table)?;
             }
             Request::AddMemReg(info, fd) => {
