@@ -34,7 +34,7 @@ fn slow(bytes: usize, in_flight_max: usize, looks: impl Fn(u64) -> u32 + Send + 
         count += 1;
         Fate { looks: looks(count), fails: false }
     };
-    Arc::new(Slow::new(bytes, in_flight_max, Box::new(fates)))
+    Arc::new(Slow::new(vec![0; bytes], in_flight_max, Box::new(fates)))
 }
 
 /// A disk whose driver has switched the cache to write-through.
@@ -114,7 +114,7 @@ fn a_range_that_fails_ends_its_request_and_nothing_follows() {
             looks: 1,
             fails: kind == OpKind::Discard && offset == failing * 4096,
         };
-        let storage = Arc::new(Slow::new(1 << 20, 4, Box::new(fates)));
+        let storage = Arc::new(Slow::new(vec![0; 1 << 20], 4, Box::new(fates)));
         let mut rig = Rig::with(write_through(storage.clone()), Ring::SPLIT, u64::MAX, 0);
         let sent = send_blocks(&mut rig, DISCARD, 0);
         assert_eq!(rig.wait(sent).status(), IO_ERROR);
@@ -415,17 +415,17 @@ proptest! {
             count += 1;
             Fate { looks: looks[count % looks.len()], fails: fails[count % fails.len()] }
         };
-        let storage = Arc::new(Slow::new(DISK_SECTORS as usize * SECTOR, in_flight_max, Box::new(fates)));
+        let sectors = DISK_SECTORS as usize;
+        let storage = Arc::new(Slow::new(vec![0xFF; sectors * SECTOR], in_flight_max, Box::new(fates)));
         let disk = Arc::new(Blk::new(storage.clone(), Options::default()).unwrap());
         disk.write_config(WRITEBACK_OFFSET, &[u8::from(!write_through)]).unwrap();
         let ring = if packed { Ring::PACKED } else { Ring::SPLIT };
-        let sectors = DISK_SECTORS as usize;
         let mut checker = Checker {
             rig: Rig::with(disk, Ring { in_order, ..ring }, u64::MAX, 0),
             storage,
             write_through,
-            model: vec![0; sectors],
-            durable: vec![Some(0); sectors],
+            model: vec![0xFF; sectors],
+            durable: vec![Some(0xFF); sectors],
             busy: vec![false; sectors],
             pending: HashMap::new(),
             fill: 0,

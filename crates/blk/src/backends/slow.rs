@@ -56,12 +56,17 @@ pub struct Slow {
 }
 
 impl Slow {
-    /// A disk of `bytes` zero bytes, each of whose queues has up to `in_flight_max` operations in flight, at least 1.
+    /// A disk that holds `bytes`, each of whose queues has up to `in_flight_max` operations in flight, at least 1.
     #[must_use]
-    pub fn new(bytes: usize, in_flight_max: usize, fates: Fates) -> Self {
-        let (written, durable) = (vec![0; bytes], vec![0; bytes]);
-        let contents =
-            Contents { written, durable, dirty: BTreeMap::new(), changes: 0, fates, operations: 0 };
+    pub fn new(bytes: Vec<u8>, in_flight_max: usize, fates: Fates) -> Self {
+        let contents = Contents {
+            durable: bytes.clone(),
+            written: bytes,
+            dirty: BTreeMap::new(),
+            changes: 0,
+            fates,
+            operations: 0,
+        };
         Self { contents: Arc::new(Mutex::new(contents)), in_flight_max: in_flight_max.max(1) }
     }
 
