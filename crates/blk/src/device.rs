@@ -179,8 +179,7 @@ impl Blk {
         self.shared.sectors.load(Ordering::Relaxed) * SECTOR_BYTES
     }
 
-    /// Replaces the limit on what all queues together may do. A thread that already waits for the old limit's pause to
-    /// end finishes that wait.
+    /// Replaces the limit on what all queues together may do. A queue that pauses for the old one goes on at once.
     pub fn set_rate_limit(&self, limit: RateLimit) {
         self.shared.limiter.set(limit);
     }
@@ -240,11 +239,13 @@ impl Device for Blk {
     fn start_queue(&self, queue: Queue) -> Result<PollerBuilder, NotReady> {
         let channel = self.shared.backend.channel(queue.memory(), queue.size());
         let channel = channel.map_err(|error| NotReady(error.to_string()))?;
+        let bell = self.shared.limiter.bell();
+        let bell = bell.map_err(|error| NotReady(format!("making an eventfd for new limits: {error}")))?;
         let shared = self.shared.clone();
         let offered = self.features;
         // A transport starts no queue that the device does not have; if one did, its figures would go nowhere.
         let stats = self.stats.get(usize::from(queue.index())).cloned().unwrap_or_default();
-        Ok(Box::new(move || Box::new(Worker::new(queue, channel, shared, offered, stats))))
+        Ok(Box::new(move || Box::new(Worker::new(queue, channel, shared, bell, offered, stats))))
     }
 
     fn reset(&self) {

@@ -12,6 +12,7 @@ use crate::backend::{Channel, ChannelBuilder, Done, Op, OpKind, Status, Unreacha
 use crate::config::features;
 use crate::device::Shared;
 use crate::follow::FollowUps;
+use crate::rate::LimitBell;
 use crate::request::{self, Range, RangeKind, Request};
 use crate::stats::{Counters, Stats};
 
@@ -59,6 +60,7 @@ pub(crate) struct Worker {
     channel: Box<dyn Channel>,
     queue: Queue,
     shared: Arc<Shared>,
+    limit_bell: LimitBell,
     durable: Durable,
     /// Operations given to the channel and not back yet.
     started: usize,
@@ -86,6 +88,7 @@ impl Worker {
         queue: Queue,
         channel: ChannelBuilder,
         shared: Arc<Shared>,
+        limit_bell: LimitBell,
         offered: u64,
         stats: Arc<Stats>,
     ) -> Self {
@@ -120,6 +123,7 @@ impl Worker {
             ranges: Vec::with_capacity(request::RANGES_MAX),
             queue,
             shared,
+            limit_bell,
         }
     }
 
@@ -137,7 +141,8 @@ impl Worker {
         let admitted = self.shared.limiter.admit(now);
         if admitted.is_err() {
             self.throttled = true;
-            self.turn.throttled += 1;
+            // At once: the next answer, with which the turn's figures go, is what the pause holds back.
+            self.stats.add(&Counters { throttled: 1, ..Counters::default() });
         }
         admitted.map(|most| quota.min(most))
     }
@@ -319,7 +324,8 @@ impl Poller for Worker {
     }
 
     fn wake_fds(&self) -> Vec<RawFd> {
-        self.queue.kick_fd().into_iter().chain(self.channel.completion_fd()).collect()
+        let fds = [self.queue.kick_fd(), self.channel.completion_fd(), Some(self.limit_bell.fd())];
+        fds.into_iter().flatten().collect()
     }
 
     fn drain(&mut self, _now: Ticks) -> bool {
