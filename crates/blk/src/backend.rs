@@ -140,6 +140,17 @@ pub trait Backend: Send + Sync {
     /// # Errors
     /// The storage cannot have that size. Nothing was changed.
     fn resize(&self, bytes: Option<u64>) -> Result<Geometry, BackendError>;
+
+    /// Makes all writes durable that were completed on any channel. Called on a control thread, where it may wait.
+    ///
+    /// # Errors
+    /// They are not durable. So it is where writes need a flush and the backend has none outside of its channels.
+    fn flush(&self) -> Result<(), BackendError> {
+        if self.geometry().flush {
+            return Err(BackendError("flushing: this storage can be flushed by its queues only".to_owned()));
+        }
+        Ok(())
+    }
 }
 
 /// One queue's way to the storage.

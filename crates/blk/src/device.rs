@@ -90,10 +90,17 @@ impl Shared {
         Disk { sectors: self.sectors.load(Ordering::Relaxed), geometry: self.geometry }
     }
 
-    /// Whether completed writes may be volatile, if the driver may choose.
+    /// Whether completed writes may be volatile, if the driver may choose. A write that was done before this is asked, and
+    /// finds them allowed to, is covered by the flush of a switch to write-through that comes then.
     #[inline(always)]
     pub(crate) fn writeback(&self) -> bool {
-        self.writeback.load(Ordering::Relaxed)
+        self.writeback.load(Ordering::SeqCst)
+    }
+
+    /// Keeps the driver's choice.
+    fn choose(&self, writeback: bool) {
+        self.writeback_chosen.store(true, Ordering::Relaxed);
+        self.writeback.store(writeback, Ordering::SeqCst);
     }
 
     /// Section 5.2.5.2: a driver that could choose the cache mode but knows no flush gets write-through.
@@ -184,6 +191,13 @@ impl Blk {
         self.shared.limiter.set(limit);
     }
 
+    /// Makes durable what was written while that was the driver's to ask for, as it will not ask any more.
+    fn flush(&self) {
+        if let Err(error) = self.shared.backend.flush() {
+            tracing::error!(%error, "the cache is written through from now on, but what it held may be lost");
+        }
+    }
+
     /// What each queue has done.
     #[must_use]
     pub fn queue_counters(&self) -> Vec<Counters> {
@@ -224,8 +238,11 @@ impl Device for Blk {
     fn write_config(&self, offset: u32, data: &[u8]) -> Result<(), ConfigError> {
         match (offset, data) {
             (WRITEBACK_OFFSET, &[writeback]) if self.features & config::features::CONFIG_WCE != 0 => {
-                self.shared.writeback_chosen.store(true, Ordering::Relaxed);
-                self.shared.writeback.store(writeback != 0, Ordering::Relaxed);
+                let before = self.shared.writeback();
+                self.shared.choose(writeback != 0);
+                if before && writeback == 0 {
+                    self.flush();
+                }
                 Ok(())
             }
             _ => Err(ConfigError { offset, len: data.len() }),
@@ -251,6 +268,15 @@ impl Device for Blk {
     fn reset(&self) {
         self.shared.writeback.store(true, Ordering::Relaxed);
         self.shared.writeback_chosen.store(false, Ordering::Relaxed);
+    }
+
+    /// A driver that switched to write-through sends no flushes, and this instance was not told: it takes that for
+    /// granted.
+    fn take_over(&self) {
+        if self.features & config::features::CONFIG_WCE != 0 && self.shared.writeback() {
+            tracing::info!("writing through: the driver may have told an earlier service to");
+            self.shared.choose(false);
+        }
     }
 
     fn save(&self) -> Vec<u8> {
@@ -279,8 +305,7 @@ impl Device for Blk {
                 &mine[4..]
             )));
         }
-        self.shared.writeback_chosen.store(true, Ordering::Relaxed);
-        self.shared.writeback.store(state[1] != 0, Ordering::Relaxed);
+        self.shared.choose(state[1] != 0);
         Ok(())
     }
 }

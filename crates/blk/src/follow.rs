@@ -22,6 +22,8 @@ struct Owed {
     ranges: Vec<(OpKind, Range)>,
     /// A flush at the end.
     flush: bool,
+    /// A write in this slot was begun without one, now or some time ago.
+    volatile: bool,
 }
 
 impl Owed {
@@ -70,6 +72,12 @@ impl FollowUps {
         self.owing += 1;
     }
 
+    /// Notes that the write about to be started needs a flush if writes are to be durable by the time it is done.
+    #[inline(always)]
+    pub(crate) fn add_volatile(&mut self, token: &Token) {
+        self.by_slot[token.slot()].volatile = true;
+    }
+
     /// Notes a request on `ranges`, with a flush behind them or not. Without any it is over.
     pub(crate) fn begin(
         &mut self,
@@ -88,9 +96,14 @@ impl FollowUps {
         None
     }
 
-    /// Takes note of an operation that is done; gives it back if that was the end of its request.
-    pub(crate) fn settle(&mut self, done: Done) -> Option<Done> {
+    /// Takes note of an operation that is done; gives it back if that was the end of its request. `durable` says that
+    /// no write may be answered without having been flushed.
+    pub(crate) fn settle(&mut self, done: Done, durable: bool) -> Option<Done> {
         let owed = &mut self.by_slot[done.token.slot()];
+        if durable && std::mem::take(&mut owed.volatile) {
+            self.owing += usize::from(owed.is_nothing());
+            owed.flush = true;
+        }
         if owed.is_nothing() {
             return Some(done);
         }

@@ -147,6 +147,13 @@ impl Worker {
         admitted.map(|most| quota.min(most))
     }
 
+    /// Whether the driver has switched to write-through. A write that was begun before and is done now is flushed, too:
+    /// the flush of the switch did not cover it, and the driver will send none.
+    #[inline(always)]
+    fn was_switched(&self) -> bool {
+        self.durable == Durable::AsConfigured && !self.shared.writeback()
+    }
+
     /// Takes up to `quota` requests from the ring and sorts them into operations and answers. Returns how many.
     #[inline(always)]
     fn take(&mut self, now: Ticks, quota: u32) -> u32 {
@@ -155,11 +162,8 @@ impl Worker {
             return 0;
         }
         let disk = self.shared.disk();
-        let write_through = match self.durable {
-            Durable::AfterFlush => false,
-            Durable::AtOnce => true,
-            Durable::AsConfigured => !self.shared.writeback(),
-        };
+        let may_change = self.durable == Durable::AsConfigured;
+        let write_through = self.durable == Durable::AtOnce || self.was_switched();
         let Self { queue, tokens, ops, done, turn, follow_ups, ranges, shared, .. } = self;
         let taken = tokens.len() as u32;
         let mut bytes = 0;
@@ -181,6 +185,8 @@ impl Worker {
                             turn.written_bytes += len;
                             if write_through {
                                 follow_ups.add_flush(&token);
+                            } else if may_change {
+                                follow_ups.add_volatile(&token);
                             }
                         }
                         _ => turn.others += 1,
@@ -200,6 +206,9 @@ impl Worker {
                 Request::Ranges { kind, count } => {
                     turn.others += 1;
                     let flush = write_through && kind == RangeKind::WriteZeroes;
+                    if may_change && kind == RangeKind::WriteZeroes {
+                        follow_ups.add_volatile(&token);
+                    }
                     match request::ranges(kind, count, &chain, &disk, ranges) {
                         Ok(()) => done.extend(follow_ups.begin(token, ranges, flush)),
                         Err(status) => done.push(Done { token, status }),
@@ -241,8 +250,9 @@ impl Worker {
     fn follow_up(&mut self, bytes: u64) {
         let mut bytes = bytes.max(1);
         loop {
+            let durable = self.was_switched();
             let Self { done, over, ops, follow_ups, .. } = self;
-            over.extend(done.drain(..).filter_map(|done| follow_ups.settle(done)));
+            over.extend(done.drain(..).filter_map(|done| follow_ups.settle(done, durable)));
             if !ops.is_empty() || !follow_ups.start(&mut bytes, ops) {
                 break;
             }
@@ -254,7 +264,7 @@ impl Worker {
     /// Answers what is done and shows it to the driver. Returns how many.
     #[inline(always)]
     fn finish(&mut self, bytes: u64) -> u32 {
-        if self.follow_ups.any() {
+        if self.follow_ups.any() || (!self.done.is_empty() && self.was_switched()) {
             self.follow_up(bytes);
         }
         if self.done.is_empty() {

@@ -176,7 +176,10 @@ fn a_long_random_history_matches_a_model() {
                     );
                     model[from..from + len].fill(0);
                 }
-                5 if geometry.flush => assert_eq!(rig.status(FLUSH, 0, &[], 0), OK, "{context}"),
+                5 if geometry.flush => {
+                    assert_eq!(rig.status(FLUSH, 0, &[], 0), OK, "{context}");
+                    case.backend.flush().unwrap();
+                }
                 _ => {
                     let first = random.below(len as u64) as usize;
                     let sizes =

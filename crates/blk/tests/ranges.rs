@@ -230,6 +230,8 @@ enum Ask {
         ranges: Vec<(u64, u32)>,
     },
     Flush,
+    /// Write-back or not.
+    Mode(bool),
     /// So many turns of the queue.
     Turns(usize),
 }
@@ -247,6 +249,7 @@ fn any_ask() -> impl Strategy<Value = Ask> {
         }),
         2 => ranges().prop_map(|ranges| Ask::Zero { kind: DISCARD, flags: 0, ranges }),
         1 => Just(Ask::Flush),
+        1 => any::<bool>().prop_map(Ask::Mode),
         2 => (1..20usize).prop_map(Ask::Turns),
     ]
 }
@@ -273,7 +276,7 @@ impl Checker {
                 span(*sector, *sectors).collect()
             }
             Ask::Zero { ranges, .. } => ranges.iter().flat_map(|&(at, n)| span(at, n.into())).collect(),
-            Ask::Flush | Ask::Turns(_) => Vec::new(),
+            Ask::Flush | Ask::Mode(_) | Ask::Turns(_) => Vec::new(),
         }
     }
 
@@ -297,13 +300,8 @@ impl Checker {
                 let ranges: Vec<u8> = ranges.iter().flat_map(|&(at, n)| range(at, n, *flags)).collect();
                 self.rig.try_send(&[&header(*kind, 0), &ranges], &[1], 0)
             }
-            Ask::Flush => {
-                // What it must make durable, if it succeeds.
-                if !self.busy.iter().any(|&busy| busy) {
-                    self.flush();
-                }
-                return;
-            }
+            Ask::Flush => return self.flush(),
+            Ask::Mode(writeback) => return self.set_mode(*writeback),
         };
         let Some(sent) = sent else { return };
         for sector in sectors {
@@ -312,19 +310,41 @@ impl Checker {
         self.pending.insert(sent.id, (sent, ask, fill));
     }
 
-    /// A flush while nothing else is under way.
     fn flush(&mut self) {
-        let flushed = self.rig.status(FLUSH, 0, &[], 0);
-        if flushed == OK {
-            for (sector, model) in self.model.iter().enumerate() {
-                self.durable[sector] = Some(*model);
+        // Room in the ring.
+        while self.pending.len() > 60 {
+            self.turn();
+        }
+        if self.rig.status(FLUSH, 0, &[], 0) == OK {
+            self.all_durable();
+        }
+        self.collect();
+    }
+
+    fn set_mode(&mut self, writeback: bool) {
+        self.rig.disk.write_config(WRITEBACK_OFFSET, &[writeback.into()]).unwrap();
+        if !self.write_through && !writeback {
+            self.all_durable();
+        }
+        self.write_through = !writeback;
+    }
+
+    /// What was acknowledged so far has become durable.
+    fn all_durable(&mut self) {
+        for sector in 0..self.model.len() {
+            if !self.busy[sector] {
+                self.durable[sector] = Some(self.model[sector]);
+                self.check_durable(sector);
             }
         }
-        self.check_durable();
     }
 
     fn turn(&mut self) {
         self.rig.turn();
+        self.collect();
+    }
+
+    fn collect(&mut self) {
         let back: Vec<u16> =
             self.pending.iter().filter(|(_, (sent, ..))| self.rig.is_back(sent)).map(|(&id, _)| id).collect();
         for id in back {
@@ -360,19 +380,17 @@ impl Checker {
             );
             self.model[sector] = now;
             self.durable[sector] = (ok && durable).then_some(now);
+            self.check_durable(sector);
         }
-        self.check_durable();
     }
 
-    fn check_durable(&self) {
-        for (sector, byte) in self.durable.iter().enumerate() {
-            if let (Some(byte), false) = (byte, self.busy[sector]) {
-                assert_eq!(
-                    self.storage.durable(sector * SECTOR, 1)[0],
-                    *byte,
-                    "sector {sector} after a power cut"
-                );
-            }
+    fn check_durable(&self, sector: usize) {
+        if let (Some(byte), false) = (self.durable[sector], self.busy[sector]) {
+            assert_eq!(
+                self.storage.durable(sector * SECTOR, 1)[0],
+                byte,
+                "sector {sector} after a power cut"
+            );
         }
     }
 
@@ -392,6 +410,7 @@ impl Checker {
         for (sector, model) in self.model.iter().enumerate() {
             let found = self.storage.written(sector * SECTOR, SECTOR);
             assert!(found.iter().all(|byte| byte == model), "sector {sector}");
+            self.check_durable(sector);
         }
         self.rig.drain();
     }

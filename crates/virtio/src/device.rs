@@ -100,6 +100,10 @@ pub trait Device: Send + Sync {
     /// Forgets everything the driver set. All queues are stopped when it is called.
     fn reset(&self) {}
 
+    /// The driver was set up with another instance, which ended without handing over its state: what the driver has set
+    /// beyond the rings is not known.
+    fn take_over(&self) {}
+
     /// What another instance needs to go on where this one is, beyond the rings. All queues are stopped.
     fn save(&self) -> Vec<u8> {
         Vec::new()

@@ -47,6 +47,18 @@ impl Contents {
         let sectors = offset / SECTOR_BYTES..(offset + len) / SECTOR_BYTES;
         self.dirty.extend(sectors.map(|sector| (sector, self.changes)));
     }
+
+    /// Makes changes durable. What was changed again meanwhile waits for another flush.
+    fn flush(&mut self, covered: BTreeMap<usize, u64>) {
+        let Self { written, durable, dirty, .. } = self;
+        for (sector, change) in covered {
+            if dirty.get(&sector) == Some(&change) {
+                dirty.remove(&sector);
+                let bytes = sector * SECTOR_BYTES..(sector + 1) * SECTOR_BYTES;
+                durable[bytes.clone()].copy_from_slice(&written[bytes]);
+            }
+        }
+    }
 }
 
 /// A disk of a few megabytes at most.
@@ -107,6 +119,13 @@ impl Backend for Slow {
     fn resize(&self, _bytes: Option<u64>) -> Result<Geometry, BackendError> {
         Ok(self.geometry())
     }
+
+    fn flush(&self) -> Result<(), BackendError> {
+        let mut contents = lock(&self.contents);
+        let covered = contents.dirty.clone();
+        contents.flush(covered);
+        Ok(())
+    }
 }
 
 struct Flight {
@@ -145,17 +164,7 @@ impl SlowChannel {
             OpKind::Write => contents.change(offset, len, |bytes| {
                 gather(chains.get(&token).readable, Op::DATA_OFFSET, bytes);
             }),
-            OpKind::Flush => {
-                for (sector, change) in covered {
-                    // What was changed again meanwhile waits for another flush.
-                    if contents.dirty.get(&sector) == Some(&change) {
-                        contents.dirty.remove(&sector);
-                        let Contents { written, durable, .. } = &mut *contents;
-                        let bytes = sector * SECTOR_BYTES..(sector + 1) * SECTOR_BYTES;
-                        durable[bytes.clone()].copy_from_slice(&written[bytes]);
-                    }
-                }
-            }
+            OpKind::Flush => contents.flush(covered),
             OpKind::Discard | OpKind::WriteZeroes { .. } | OpKind::SecureErase => {
                 contents.change(offset, len, |bytes| bytes.fill(0));
             }

@@ -18,7 +18,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use rustix::fs::FallocateFlags;
+use rustix::fs::{FallocateFlags, fdatasync};
 use virtio::Memory;
 
 use self::hold::Hold;
@@ -221,5 +221,10 @@ impl Backend for File {
         let bytes = open::size(&opened.buffered).map_err(|e| failed("reading its size", &e))?;
         self.bytes.store(bytes & !511, Ordering::Relaxed);
         Ok(self.geometry())
+    }
+
+    fn flush(&self) -> Result<(), BackendError> {
+        let path = self.opened.path.display();
+        fdatasync(&self.opened.buffered).map_err(|error| BackendError(format!("flushing {path}: {error}")))
     }
 }

@@ -149,4 +149,10 @@ impl Backend for Qcow2 {
         drop(access);
         Ok(self.geometry())
     }
+    fn flush(&self) -> Result<(), BackendError> {
+        let access = self.image.access.read().unwrap_or_else(PoisonError::into_inner);
+        let path = self.image.path.display();
+        let flushed = access.flush().and_then(|()| access.sync());
+        flushed.map_err(|error| BackendError(format!("flushing {path}: {error}")))
+    }
 }
