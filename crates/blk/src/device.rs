@@ -70,6 +70,27 @@ pub enum OptionsError {
     BlockBytes(u32),
 }
 
+/// A disk was not resized, or its size is not durable.
+#[derive(Debug, thiserror::Error)]
+pub enum ResizeError {
+    /// It would be smaller.
+    #[error("going from {from} to {to} bytes would destroy the last {} bytes and what is in them", from - to)]
+    Loses {
+        /// Bytes that there are.
+        from: u64,
+        /// Bytes that were asked for.
+        to: u64,
+    },
+    /// The storage says no.
+    #[error(transparent)]
+    Storage(#[from] BackendError),
+}
+
+/// The whole sectors in `bytes`, in bytes.
+fn whole_sectors(bytes: u64) -> u64 {
+    bytes - bytes % SECTOR_BYTES
+}
+
 /// What the queues' workers share. Everything that changes is one atomic value.
 pub(crate) struct Shared {
     pub(crate) backend: Arc<dyn Backend>,
@@ -118,6 +139,8 @@ pub struct Blk {
     features: u64,
     stats: Box<[Arc<Stats>]>,
     listener: Mutex<Option<ConfigListener>>,
+    /// Held by the one that changes the size.
+    resizing: Mutex<()>,
 }
 
 impl Blk {
@@ -159,16 +182,50 @@ impl Blk {
             stats: (0..queues).map(|_| Arc::default()).collect(),
             options,
             listener: Mutex::new(None),
+            resizing: Mutex::new(()),
         })
     }
 
     /// Resizes the storage to `bytes`, or takes over the size it was given from outside (None), and tells the driver.
-    /// Returns the new capacity in bytes.
+    /// Returns the new capacity in bytes, which is durable. A smaller size destroys what is cut off; [`Blk::grow`] does
+    /// not.
     ///
     /// # Errors
-    /// The storage cannot have that size. Nothing was changed.
+    /// The size is less than one block, the storage cannot have it, or it is not durable.
     pub fn resize(&self, bytes: Option<u64>) -> Result<u64, BackendError> {
-        let sectors = self.shared.backend.resize(bytes)?.bytes / SECTOR_BYTES;
+        let _alone = self.resizing.lock().unwrap_or_else(PoisonError::into_inner);
+        self.resize_alone(bytes)
+    }
+
+    /// The same, unless anything would be lost.
+    ///
+    /// # Errors
+    /// As for [`Blk::resize`], and [`ResizeError::Loses`], with nothing changed.
+    pub fn grow(&self, bytes: u64) -> Result<u64, ResizeError> {
+        let _alone = self.resizing.lock().unwrap_or_else(PoisonError::into_inner);
+        let (from, to) = (self.shared.backend.bytes_now()?.max(self.bytes()), whole_sectors(bytes));
+        self.check_size(to)?;
+        if to < from {
+            return Err(ResizeError::Loses { from, to });
+        }
+        Ok(self.resize_alone(Some(to))?)
+    }
+
+    fn check_size(&self, bytes: u64) -> Result<(), BackendError> {
+        let block_bytes = self.options.logical_block_bytes;
+        if bytes < block_bytes.into() {
+            return Err(BackendError(format!(
+                "a size of {bytes} bytes is less than one block, which has {block_bytes}"
+            )));
+        }
+        Ok(())
+    }
+
+    fn resize_alone(&self, bytes: Option<u64>) -> Result<u64, BackendError> {
+        bytes.map_or(Ok(()), |bytes| self.check_size(whole_sectors(bytes)))?;
+        let resized = self.shared.backend.resize(bytes);
+        // Also of a resize that failed half-way.
+        let sectors = self.shared.backend.geometry().bytes / SECTOR_BYTES;
         let before = self.shared.sectors.swap(sectors, Ordering::Relaxed);
         if before != sectors {
             tracing::info!(before, sectors, "disk resized");
@@ -177,7 +234,7 @@ impl Blk {
                 listener();
             }
         }
-        Ok(sectors * SECTOR_BYTES)
+        resized.map(|_| sectors * SECTOR_BYTES)
     }
 
     /// The capacity in bytes.
