@@ -51,10 +51,9 @@ fn kind() -> Kind {
     }
 }
 
-/// Why no service can be started here, if so.
-pub(crate) fn missing() -> Option<String> {
-    let absent = kind() == Kind::Peer && needs::program("qemu-storage-daemon").is_none();
-    absent.then(|| "no qemu-storage-daemon".into())
+/// Whether services can be started here, or the reason why not.
+pub(crate) fn works() -> Result<(), String> {
+    if kind() == Kind::Peer { needs::works("qemu-storage-daemon") } else { Ok(()) }
 }
 
 /// Our program.
