@@ -9,10 +9,10 @@ use std::time::Duration;
 
 use crate::process::Process;
 
-/// How long a guest may take from power-on to power-off, on a loaded machine with an emulated CPU.
-const LIFE: Duration = Duration::from_secs(480);
-/// How long a guest may take to show the next sign of progress.
-const STEP: Duration = Duration::from_secs(90);
+/// The limit from power-on to power-off, on a loaded machine with an emulated CPU.
+const LIFE: Duration = Duration::from_secs(900);
+/// The limit for the next sign of progress.
+const STEP: Duration = Duration::from_secs(300);
 
 pub(crate) struct Guest {
     process: Process,

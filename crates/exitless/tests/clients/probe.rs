@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, ExitStatus};
 use std::sync::LazyLock;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -60,27 +60,29 @@ pub(crate) fn program(name: &str, path: &Path) -> Result<(), String> {
 
 /// Whether a command ends well, or the reason why not.
 pub(crate) fn succeeds(command: &mut Command) -> Result<(), String> {
-    run(command).map(drop)
+    let (status, lines) = output(command)?;
+    if status.success() { Ok(()) } else { Err(format!("{status}: {}", telling(&lines))) }
 }
 
 /// Whether a guest with the job "probe" boots, runs programs and powers off, or the reason why not.
 pub(crate) fn boots(command: &mut Command) -> Result<(), String> {
-    let results = Results::of(run(command)?);
-    results.fault().map_or(Ok(()), Err)
+    let (status, lines) = output(command)?;
+    let told = telling(&lines).to_owned();
+    Results::of(lines).fault().map_or(Ok(()), |fault| Err(format!("{status}: {told} ({fault})")))
 }
 
-fn run(command: &mut Command) -> Result<Vec<String>, String> {
+/// How a command ended, and what it printed.
+pub(crate) fn output(command: &mut Command) -> Result<(ExitStatus, Vec<String>), String> {
     let mut process =
         Process::try_spawn("probe", command).map_err(|error| format!("it does not start: {error}"))?;
-    let Some(status) = process.ends_within(LIMIT) else {
+    if process.ends_within(LIMIT).is_none() {
         return Err(format!("it does not end: {}", telling(&process.lines())));
-    };
-    let lines = process.finish(LIMIT).1;
-    if status.success() { Ok(lines) } else { Err(format!("{status}: {}", telling(&lines))) }
+    }
+    Ok(process.finish(LIMIT))
 }
 
 /// The line of an output that most likely gives the reason of a failure.
-fn telling(lines: &[String]) -> &str {
+pub(crate) fn telling(lines: &[String]) -> &str {
     let tells = |line: &&String| ["fail", "error", "cannot", "panic"].iter().any(|word| line.contains(word));
     let last = lines.iter().rfind(|line| !line.is_empty());
     lines.iter().find(tells).or(last).map_or("no output", |line| line.trim())

@@ -7,8 +7,8 @@ use std::time::Duration;
 use crate::process::Process;
 use crate::{needs, process};
 
-/// How long a service may take to get ready, or to drain and end.
-pub(crate) const LIMIT: Duration = Duration::from_secs(30);
+/// The limit for a service to get ready, or to drain and end.
+pub(crate) const LIMIT: Duration = Duration::from_secs(120);
 const PROGRAM: &str = env!("CARGO_BIN_EXE_exitless");
 const SERIAL: &str = "clients-0123456789ab";
 
