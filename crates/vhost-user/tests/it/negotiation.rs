@@ -2,7 +2,6 @@
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use reactor::{Mode, Pool};
 use rustix::event::{EventfdFlags, eventfd};

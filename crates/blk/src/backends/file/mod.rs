@@ -20,7 +20,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use rustix::fs::{FallocateFlags, fdatasync, fsync};
+use rustix::fs::{fdatasync, fsync};
 use virtio::Memory;
 
 use self::hold::Hold;
