@@ -16,6 +16,7 @@ use rustix::io::Errno;
 use virtio::{QueueCounters, QueueSet};
 
 use crate::bell::Bell;
+use crate::inflight::RecordId;
 use crate::listener::{ListenError, Listener};
 use crate::session::{Reply, Session, SessionError, SessionOptions, lock};
 use crate::wire::{Connection, Received, WireError};
@@ -119,6 +120,7 @@ pub struct Status {
 struct Shared {
     status: Mutex<Status>,
     queues: Arc<Mutex<QueueSet>>,
+    record: Arc<Mutex<Option<RecordId>>>,
 }
 
 impl Shared {
@@ -178,7 +180,11 @@ impl Server {
         })));
         let status =
             Status { queues: vec![QueueStatus::default(); device.queues().into()], ..Status::default() };
-        let shared = Shared { status: Mutex::new(status), queues: Arc::new(Mutex::new(queues)) };
+        let shared = Shared {
+            status: Mutex::new(status),
+            queues: Arc::new(Mutex::new(queues)),
+            record: Arc::default(),
+        };
         Ok(Self {
             listener,
             shared: Arc::new(shared),
@@ -295,8 +301,9 @@ impl Server {
     fn begin(&self, stream: UnixStream) -> Active {
         let peer = peer_of(&stream);
         tracing::info!(socket = %self.listener.path().display(), ?peer, "front end connected");
-        let session =
-            Session::new(self.shared.queues.clone(), self.session_options, self.signals.bell.clone());
+        let Shared { queues, record, .. } = &*self.shared;
+        let bell = self.signals.bell.clone();
+        let session = Session::new(queues.clone(), self.session_options, bell, record.clone());
         let mut status = self.shared.status();
         status.peer = peer;
         status.sessions += 1;

@@ -20,7 +20,7 @@ use crate::data::Pieces;
 /// The most bytes moved for one operation in one go.
 const COPY_BYTES_MAX: u64 = 256 << 10;
 /// The most bytes given back to the file system in one go.
-const FREE_BYTES_MAX: u64 = 16 << 20;
+const FREE_BYTES_MAX: u64 = 2 << 20;
 /// The most pieces in one system call (`UIO_MAXIOV`).
 const PIECES_MAX: usize = 1024;
 

@@ -20,6 +20,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use rustix::fs::{fdatasync, fsync};
 use virtio::Memory;
 
 use self::hold::Hold;
@@ -218,6 +219,12 @@ impl Backend for File {
         if self.opened.options.engine.wants_uring(self.opened.kind) { 2 } else { 0 }
     }
 
+    fn bytes_now(&self) -> Result<u64, BackendError> {
+        let path = self.opened.path.display();
+        open::size(&self.opened.buffered)
+            .map_err(|e| BackendError(format!("reading the size of {path}: {e}")))
+    }
+
     fn resize(&self, bytes: Option<u64>) -> Result<Geometry, BackendError> {
         let opened = &self.opened;
         let failed = |what: &str, error: &dyn std::fmt::Display| {
@@ -234,8 +241,14 @@ impl Backend for File {
             rustix::fs::ftruncate(&opened.buffered, bytes & !511)
                 .map_err(|e| failed("changing its size", &e))?;
         }
-        let bytes = open::size(&opened.buffered).map_err(|e| failed("reading its size", &e))?;
-        self.bytes.store(bytes & !511, Ordering::Relaxed);
+        self.bytes.store(self.bytes_now()? & !511, Ordering::Relaxed);
+        // The size is of no use after a power cut if it is in memory only.
+        fsync(&opened.buffered).map_err(|e| failed("making its size durable", &e))?;
         Ok(self.geometry())
+    }
+
+    fn flush(&self) -> Result<(), BackendError> {
+        let path = self.opened.path.display();
+        fdatasync(&self.opened.buffered).map_err(|error| BackendError(format!("flushing {path}: {error}")))
     }
 }
