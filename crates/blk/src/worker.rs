@@ -320,6 +320,10 @@ impl Poller for Worker {
         self.queue.kick_fd().into_iter().chain(self.channel.completion_fd()).collect()
     }
 
+    fn awaits_completion(&self) -> bool {
+        self.started > 0
+    }
+
     fn drain(&mut self, _now: Ticks) -> bool {
         self.reap();
         self.submit();
