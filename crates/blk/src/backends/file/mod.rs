@@ -214,15 +214,15 @@ impl Backend for File {
         }))
     }
 
-    fn channel_descriptors(&self) -> u32 {
-        // A ring, and what that wakes its thread by.
-        if self.opened.options.engine.wants_uring(self.opened.kind) { 2 } else { 0 }
-    }
-
     fn bytes_now(&self) -> Result<u64, BackendError> {
         let path = self.opened.path.display();
         open::size(&self.opened.buffered)
             .map_err(|e| BackendError(format!("reading the size of {path}: {e}")))
+    }
+
+    fn channel_descriptors(&self) -> u32 {
+        // A ring, and what that wakes its thread by.
+        if self.opened.options.engine.wants_uring(self.opened.kind) { 2 } else { 0 }
     }
 
     fn resize(&self, bytes: Option<u64>) -> Result<Geometry, BackendError> {
