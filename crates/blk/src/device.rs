@@ -53,6 +53,20 @@ impl Default for Options {
     }
 }
 
+/// The capacity in sectors of storage that is used in whole blocks.
+fn whole_blocks(bytes: u64, block_bytes: u32) -> u64 {
+    let beyond = bytes % u64::from(block_bytes);
+    if beyond > 0 {
+        tracing::warn!(
+            bytes,
+            block_bytes,
+            beyond,
+            "no whole blocks: the guest does not see what is beyond the last one"
+        );
+    }
+    (bytes - beyond) / SECTOR_BYTES
+}
+
 /// A disk cannot be presented like that.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum OptionsError {
@@ -68,6 +82,9 @@ pub enum OptionsError {
     /// An impossible block size.
     #[error("logical blocks of {0} bytes: the size must be 512, 1024, 2048 or 4096")]
     BlockBytes(u32),
+    /// The storage has not one block.
+    #[error("a disk of {0} bytes: it must have at least one block, of {1} bytes")]
+    Small(u64, u32),
 }
 
 /// A disk was not resized, or its size is not durable.
@@ -163,6 +180,10 @@ impl Blk {
             return Err(OptionsError::BlockBytes(logical_block_bytes));
         }
         let mut geometry = backend.geometry();
+        let sectors = whole_blocks(geometry.bytes, logical_block_bytes);
+        if sectors == 0 {
+            return Err(OptionsError::Small(geometry.bytes, logical_block_bytes));
+        }
         let features = config::offered(&geometry, &options);
         geometry.read_only = config::read_only(&geometry, &options);
         let mut padded = [0; SERIAL_BYTES];
@@ -171,7 +192,7 @@ impl Blk {
             backend,
             serial: padded,
             limiter: Limiter::new(options.rate),
-            sectors: AtomicU64::new(geometry.bytes / SECTOR_BYTES),
+            sectors: AtomicU64::new(sectors),
             geometry,
             writeback: AtomicBool::new(true),
             writeback_chosen: AtomicBool::new(false),
@@ -225,7 +246,7 @@ impl Blk {
         bytes.map_or(Ok(()), |bytes| self.check_size(whole_sectors(bytes)))?;
         let resized = self.shared.backend.resize(bytes);
         // Also of a resize that failed half-way.
-        let sectors = self.shared.backend.geometry().bytes / SECTOR_BYTES;
+        let sectors = whole_blocks(self.shared.backend.geometry().bytes, self.options.logical_block_bytes);
         let before = self.shared.sectors.swap(sectors, Ordering::Relaxed);
         if before != sectors {
             tracing::info!(before, sectors, "disk resized");

@@ -435,6 +435,17 @@ fn only_the_cache_mode_can_be_written() {
 }
 
 #[test]
+fn a_disk_has_whole_blocks() {
+    let options = || Options { logical_block_bytes: 4096, ..Options::default() };
+    let capacity = |disk: &Blk| u64::from_le_bytes(disk.config()[..8].try_into().unwrap());
+    let disk = Blk::new(Arc::new(Null::new(MIB + 3584)), options()).unwrap();
+    assert_eq!(capacity(&disk), MIB / 512);
+    assert_eq!(disk.resize(Some(MIB + 4608)).unwrap(), MIB + 4096);
+    assert_eq!(capacity(&disk), MIB / 512 + 8);
+    assert!(Blk::new(Arc::new(Null::new(3584)), options()).is_err(), "not one block");
+}
+
+#[test]
 fn impossible_options_are_refused() {
     for options in [
         Options { queues: 0, ..Options::default() },

@@ -152,6 +152,28 @@ fn an_image_is_locked_until_the_kernel_is_done_with_it() {
     remains.watch(|| start(&File::open(&image.0, FileOptions::default()).unwrap()));
 }
 
+/// QEMU looks at bytes of its own.
+#[test]
+fn qemu_is_kept_out_until_the_kernel_is_done_with_an_image() {
+    be_the_victim_if_asked();
+    let qemu_io =
+        |image: &Path| Command::new("qemu-io").args(["-f", "raw", "-c", "write 512 512"]).arg(image).output();
+    if qemu_io(Path::new("/dev/null")).is_err() {
+        return needs::skip("no qemu-io");
+    }
+    let image = Scratch::new("qemu");
+    let test = "qemu_is_kept_out_until_the_kernel_is_done_with_an_image";
+    for _ in 0..ROUNDS {
+        let remains = Remains::of(test, &image.0, false);
+        let deadline = Instant::now() + Duration::from_secs(60);
+        remains.watch(|| {
+            while !qemu_io(&image.0).unwrap().status.success() {
+                assert!(Instant::now() < deadline, "nobody uses it any more");
+            }
+        });
+    }
+}
+
 /// Of an image that nobody writes, the lock keeps nobody away.
 #[test]
 fn guest_memory_is_leased_until_the_kernel_is_done_with_it() {

@@ -11,7 +11,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use virtio::memory::{Mapping, MappingError};
+use virtio::memory::{Mapping, MappingError, Quota};
 use virtio::{Inflight, InflightError, RingFormat};
 
 use crate::request::InflightInfo;
@@ -46,8 +46,8 @@ pub(crate) fn allocate(
 }
 
 impl Records {
-    pub(crate) fn map(info: InflightInfo, fd: &OwnedFd) -> Result<Self, MappingError> {
-        let mapping = Arc::new(Mapping::new(fd, info.offset, info.len)?);
+    pub(crate) fn map(quota: &Quota, info: InflightInfo, fd: &OwnedFd) -> Result<Self, MappingError> {
+        let mapping = Arc::new(Mapping::within(quota, fd, info.offset, info.len)?);
         Ok(Self { mapping, queues: info.queues, queue_size: info.queue_size })
     }
 

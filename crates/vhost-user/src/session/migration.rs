@@ -15,7 +15,8 @@ const NO_FD: u64 = 1 << 8;
 
 impl Session {
     pub(super) fn set_log_base(&mut self, len: u64, offset: u64, fd: &OwnedFd) -> Applied<Reply> {
-        let log = log::map(fd, offset, len).map_err(|e: LogError| SessionError::Log(e.to_string()))?;
+        let log = log::map(&self.mappings, fd, offset, len)
+            .map_err(|e: LogError| SessionError::Log(e.to_string()))?;
         if !log.covers(self.memory.memory()) {
             tracing::warn!(bytes = len, "the dirty log is shorter than guest memory");
         }
@@ -39,7 +40,8 @@ impl Session {
     }
 
     pub(super) fn set_inflight(&mut self, info: InflightInfo, fd: &OwnedFd) -> Applied {
-        let inflight = Records::map(info, fd).map_err(|e| SessionError::Record(e.to_string()))?;
+        let inflight =
+            Records::map(&self.mappings, info, fd).map_err(|e| SessionError::Record(e.to_string()))?;
         let lease = RecordLease::take(fd, self.lease.as_ref(), lease::WAIT)?;
         self.meet_driver(fd, inflight.are_begun(self.format()))?;
         self.reconfigure(|session| {

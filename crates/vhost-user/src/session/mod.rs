@@ -25,7 +25,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vhost::vhost_user::message::{VhostUserProtocolFeatures as Protocol, VhostUserVirtioFeatures};
 use virtio::features::RING_FEATURES;
-use virtio::memory::DirtyLog;
+use virtio::memory::{DirtyLog, Quota};
 use virtio::{Device, QueueSet, Trust};
 
 use crate::backend_channel::Channel;
@@ -97,6 +97,8 @@ pub(crate) struct Session {
     features: u64,
     protocol: Protocol,
     memory: MemoryTable,
+    /// The device's share of the memory mappings in this process.
+    mappings: Quota,
     vrings: Vec<Vring>,
     log: Option<DirtyLog>,
     inflight: Option<Records>,
@@ -127,7 +129,10 @@ impl Session {
         bell: Arc<Bell>,
         record: Arc<Mutex<Option<RecordId>>>,
     ) -> Self {
-        let device = lock(&queues).device().clone();
+        let (device, mappings) = {
+            let queues = lock(&queues);
+            (queues.device().clone(), queues.mappings().clone())
+        };
         Self {
             vrings: (0..device.queues()).map(|_| Vring::default()).collect(),
             device,
@@ -137,7 +142,8 @@ impl Session {
             trust: Trust::default(),
             features: 0,
             protocol: Protocol::empty(),
-            memory: MemoryTable::default(),
+            memory: MemoryTable::new(mappings.clone()),
+            mappings,
             log: None,
             inflight: None,
             record,
@@ -201,7 +207,7 @@ impl Session {
             Request::SetFeatures(features) => self.set_features(features)?,
             Request::SetProtocolFeatures(features) => self.set_protocol_features(features)?,
             Request::SetMemTable(regions) => {
-                let table = MemoryTable::new(regions)?;
+                let table = self.memory.replaced(regions)?;
                 self.reconfigure(|session| session.memory = table)?;
             }
             Request::AddMemReg(info, fd) => {
