@@ -383,6 +383,25 @@ fn a_service_that_was_stopped_is_not_waited_for_long() {
 }
 
 #[test]
+fn a_disk_that_is_larger_than_memory_is_warned_of() {
+    for (size, warned) in [("1M", false), ("20T", true)] {
+        let scratch = Scratch::new();
+        let service = Service::start(&[
+            "blk",
+            "--socket",
+            &scratch.path("a.sock"),
+            "--backend",
+            &format!("mem:{size}"),
+        ]);
+        let mut said = String::new();
+        while !said.contains("ready: ") {
+            said += &service.line("");
+        }
+        assert_eq!(said.contains("larger than this host's memory and swap"), warned, "{said}");
+    }
+}
+
+#[test]
 fn an_idle_service_stays_small() {
     const RESIDENT_KIB_MAX: u64 = 16 << 10;
     let scratch = Scratch::new();
