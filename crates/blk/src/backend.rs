@@ -134,6 +134,11 @@ pub trait Backend: Send + Sync {
     /// The storage is not to be had now: the queue does not start.
     fn channel(&self, memory: &Arc<Memory>, depth: u16) -> Result<ChannelBuilder, BackendError>;
 
+    /// How many descriptors each channel takes.
+    fn channel_descriptors(&self) -> u32 {
+        0
+    }
+
     /// Bytes that there are now, which differs from what `geometry` says where somebody else has changed them.
     ///
     /// # Errors

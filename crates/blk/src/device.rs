@@ -207,6 +207,12 @@ impl Blk {
         })
     }
 
+    /// How many descriptors of this process each running queue takes for the storage.
+    #[must_use]
+    pub fn queue_descriptors(&self) -> u32 {
+        self.shared.backend.channel_descriptors()
+    }
+
     /// Resizes the storage to `bytes`, or takes over the size it was given from outside (None), and tells the driver.
     /// Returns the new capacity in bytes, which is durable. A smaller size destroys what is cut off; [`Blk::grow`] does
     /// not.

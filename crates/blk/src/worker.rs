@@ -338,6 +338,10 @@ impl Poller for Worker {
         fds.into_iter().flatten().collect()
     }
 
+    fn awaits_completion(&self) -> bool {
+        self.started > 0
+    }
+
     fn drain(&mut self, _now: Ticks) -> bool {
         self.reap();
         self.submit();

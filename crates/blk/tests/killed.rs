@@ -141,7 +141,7 @@ fn an_image_is_locked_until_the_kernel_is_done_with_it() {
     let image = Scratch::new("image");
     let start = |disk: &File| disk.channel(&Arc::new(Memory::default()), 8).unwrap();
     for _ in 0..ROUNDS {
-        // Opened before, so that only the lock is waited for: some file systems let nobody look for holes meanwhile.
+        // Opened before, so that only the lock is waited for.
         let options = FileOptions { lock: Lock::Late, ..FileOptions::default() };
         let disk = File::open(&image.0, options).unwrap();
         let remains = Remains::of("an_image_is_locked_until_the_kernel_is_done_with_it", &image.0, false);

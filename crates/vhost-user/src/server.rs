@@ -34,6 +34,8 @@ pub struct Options {
     pub socket: PathBuf,
     /// Permissions of the socket file.
     pub socket_mode: u32,
+    /// Group of the socket file, if it is not to be this process's.
+    pub socket_group: Option<u32>,
     /// Virtio feature bits not to offer, whatever the device has. User-Mode Linux up to 6.x needs none withheld: its
     /// way of setting up packed rings is recognised.
     pub without: u64,
@@ -45,7 +47,13 @@ impl Options {
     /// A socket for this user only, and everything offered.
     #[must_use]
     pub fn new(socket: impl Into<PathBuf>) -> Self {
-        Self { socket: socket.into(), socket_mode: 0o600, without: 0, host_notifier: false }
+        Self {
+            socket: socket.into(),
+            socket_mode: 0o600,
+            socket_group: None,
+            without: 0,
+            host_notifier: false,
+        }
     }
 }
 
@@ -170,7 +178,7 @@ impl Server {
     /// # Errors
     /// The socket cannot be made, or somebody else uses it.
     pub fn new(queues: QueueSet, options: &Options) -> Result<Self, Error> {
-        let listener = Listener::new(&options.socket, options.socket_mode)?;
+        let listener = Listener::for_group(&options.socket, options.socket_mode, options.socket_group)?;
         let bell = Bell::new().map_err(|e| Error::System { what: "make an eventfd", source: e.into() })?;
         let signals = Arc::new(Signals { bell: Arc::new(bell), config_changed: AtomicBool::new(false) });
         let device = queues.device().clone();

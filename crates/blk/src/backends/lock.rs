@@ -85,26 +85,21 @@ pub(crate) fn test(file: impl AsFd, range: Range, write: bool) -> io::Result<()>
 /// `WouldBlock` if one of them has the image. Nothing is locked then.
 pub(crate) fn keep_qemu_out(file: impl AsFd, write: bool) -> io::Result<()> {
     // Looked at first so that waiting leaves no traces for others to meet.
-    test_qemu(&file, write)?;
-    claim_from_qemu(&file, write)?;
-    test_qemu(&file, write).inspect_err(|_| {
+    qemu_is_out(&file, write)?;
+    let locked = qemu_bytes(write).try_for_each(|(own, _)| lock(&file, own, false));
+    locked.and_then(|()| qemu_is_out(&file, write)).inspect_err(|_| {
         let _ = let_qemu_in(&file);
     })
 }
 
-/// The same without looking whether it is in: where another service keeps it out already.
-///
-/// # Errors
-/// The system's.
-pub(crate) fn claim_from_qemu(file: impl AsFd, write: bool) -> io::Result<()> {
-    qemu_bytes(write).try_for_each(|(own, _)| lock(&file, own, false)).inspect_err(|_| {
-        let _ = let_qemu_in(&file);
-    })
-}
-
-/// Whether QEMU lets us do what we would, and does nothing that it must not do then.
-fn test_qemu(file: impl AsFd, write: bool) -> io::Result<()> {
-    qemu_bytes(write).try_for_each(|(_, opposite)| test(&file, opposite, true))
+/// Whether QEMU lets us do what we would, and does nothing that it must not do then. While another service has the guard,
+/// it is that one's bytes which are locked.
+fn qemu_is_out(file: impl AsFd, write: bool) -> io::Result<()> {
+    match test(&file, GUARD, false) {
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(()),
+        Err(error) => Err(error),
+        Ok(()) => qemu_bytes(write).try_for_each(|(_, opposite)| test(&file, opposite, true)),
+    }
 }
 
 /// No longer keeps QEMU out.

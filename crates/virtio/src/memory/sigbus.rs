@@ -44,14 +44,16 @@ struct Range {
 }
 
 impl Entry {
-    const FREE: Self = Self {
-        version: AtomicU32::new(0),
-        start: AtomicUsize::new(0),
-        len: AtomicUsize::new(0),
-        page: AtomicUsize::new(0),
-        replaced: AtomicU32::new(0),
-        poisoned: AtomicBool::new(false),
-    };
+    const fn free() -> Self {
+        Self {
+            version: AtomicU32::new(0),
+            start: AtomicUsize::new(0),
+            len: AtomicUsize::new(0),
+            page: AtomicUsize::new(0),
+            replaced: AtomicU32::new(0),
+            poisoned: AtomicBool::new(false),
+        }
+    }
 
     /// Only the entry's owner calls this.
     fn set(&self, range: Range) {
@@ -106,7 +108,7 @@ impl Guard {
         let mut free = FREE.lock().unwrap_or_else(PoisonError::into_inner);
         if free.is_empty() {
             let next = CHUNKS.get(chunks().count())?;
-            let chunk: &'static Chunk = Box::leak(Box::new([const { Entry::FREE }; CHUNK_ENTRIES]));
+            let chunk: &'static Chunk = Box::leak(Box::new([const { Entry::free() }; CHUNK_ENTRIES]));
             next.store(std::ptr::from_ref(chunk).cast_mut(), Ordering::Release);
             free.extend(chunk.iter().rev());
         }
@@ -208,7 +210,7 @@ mod tests {
 
     #[test]
     fn an_entry_that_changes_while_it_is_read_is_passed_over() {
-        static ENTRY: Entry = Entry::FREE;
+        static ENTRY: Entry = Entry::free();
         let small = Range { start: 1 << 62, len: 4096, page: 4096 };
         let large = Range { start: 1 << 61, len: 1 << 30, page: 2 << 20 };
         ENTRY.set(small);

@@ -88,9 +88,7 @@ fn begin(file: &Opened) -> io::Result<()> {
     if file.options.lock == Lock::On {
         return Ok(());
     }
-    let guarded = lock::test(&file.buffered, lock::GUARD, false).is_err();
-    let keep_out = if guarded { lock::claim_from_qemu } else { lock::keep_qemu_out };
-    keep_out(&file.buffered, write)
+    lock::keep_qemu_out(&file.buffered, write)
         .inspect_err(|_| complain(&file.path, lock::unlock(&file.buffered, lock::USE)))
 }
 
@@ -101,7 +99,7 @@ pub(super) fn own(owner: &OwnedFd, buffered: &OwnedFd, path: &Path, write: bool)
     lock::wait(path, END_WAIT, || lock::lock(owner, lock::OWNERSHIP, write))?;
     lock::wait(path, lock::WAIT, || lock::test(owner, lock::USE, write))?;
     lock::wait(path, END_WAIT, || lock::keep_qemu_out(buffered, write))?;
-    lock::lock(buffered, lock::GUARD, write)
+    lock::wait(path, END_WAIT, || lock::lock(buffered, lock::GUARD, write))
 }
 
 /// Gives up an image, before the rings do that still know the file.

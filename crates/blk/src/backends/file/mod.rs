@@ -220,6 +220,11 @@ impl Backend for File {
             .map_err(|e| BackendError(format!("reading the size of {path}: {e}")))
     }
 
+    fn channel_descriptors(&self) -> u32 {
+        // A ring, and what that wakes its thread by.
+        if self.opened.options.engine.wants_uring(self.opened.kind) { 2 } else { 0 }
+    }
+
     fn resize(&self, bytes: Option<u64>) -> Result<Geometry, BackendError> {
         let opened = &self.opened;
         let failed = |what: &str, error: &dyn std::fmt::Display| {

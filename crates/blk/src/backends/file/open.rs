@@ -60,17 +60,7 @@ pub(super) fn open(path: &Path, options: FileOptions) -> Result<(Opened, u64), B
         }
     }
     let bytes = size(&buffered).map_err(|e| failed("reading its size", &e))?;
-    if bytes < 512 {
-        let what = if kind == Kind::Block {
-            "the device is not attached to anything"
-        } else {
-            "give it a size first"
-        };
-        return Err(failed(&format!("it has {bytes} bytes, and the smallest disk has 512"), &what));
-    }
-    if !options.read_only && kind == Kind::Block && device::is_read_only(&buffered).unwrap_or(false) {
-        return Err(failed("for writing", &"the device is read-only, and can be served as a read-only disk"));
-    }
+    can_be_a_disk(&buffered, kind, bytes, options).map_err(|(what, error)| failed(what, &error))?;
     engine(path, kind, options).map_err(|e| failed("engine=uring", &e))?;
     if bytes % 512 != 0 {
         tracing::warn!(path = %path.display(), bytes, "the bytes beyond the last whole sector cannot be reached");
@@ -112,6 +102,24 @@ fn permission(options: FileOptions) -> &'static str {
 /// Its size in bytes: that of a block device is where it ends.
 pub(super) fn size(file: impl AsFd) -> Result<u64, Errno> {
     seek(file, SeekFrom::End(0))
+}
+
+/// What a guest would be the first to find out otherwise; else what stands against it.
+fn can_be_a_disk(
+    file: &OwnedFd,
+    kind: Kind,
+    bytes: u64,
+    options: FileOptions,
+) -> Result<(), (&'static str, String)> {
+    if bytes < 512 {
+        let hint = if kind == Kind::Block { "the device has no medium" } else { "give it a size first" };
+        return Err(("its size", format!("it has {bytes} bytes, and a disk has at least 512: {hint}")));
+    }
+    if kind == Kind::Block && !options.read_only && device::is_read_only(file).unwrap_or(false) {
+        let error = "the device is read-only, and can only be served as a read-only disk";
+        return Err((permission(options), error.to_owned()));
+    }
+    Ok(())
 }
 
 /// Whether io_uring is to be had. Where it may be something else, that is said here, and not only when a guest comes.
