@@ -207,10 +207,11 @@ impl Blk {
         })
     }
 
-    /// How many descriptors of this process each running queue takes for the storage.
+    /// How many descriptors of this process each running queue takes for the storage and the disk.
     #[must_use]
     pub fn queue_descriptors(&self) -> u32 {
-        self.shared.backend.channel_descriptors()
+        // And one to hear of new limits.
+        self.shared.backend.channel_descriptors() + 1
     }
 
     /// Resizes the storage to `bytes`, or takes over the size it was given from outside (None), and tells the driver.

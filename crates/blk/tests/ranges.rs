@@ -402,6 +402,8 @@ impl Checker {
             turns += 1;
             assert!(turns < 1_000_000, "{} requests do not come back", self.pending.len());
         }
+        // With a write-through cache, slots that had writes before the switch are flushed once more.
+        self.set_mode(true);
         let operations = self.storage.operations();
         for _ in 0..300 {
             self.rig.status(IN, 0, &[], SECTOR);

@@ -266,11 +266,11 @@ impl Board {
         let answer = match request {
             Request::List => Ok(Response::Devices(self.devices())),
             Request::Stats => Ok(Response::Stats(self.stats())),
-            Request::Resize { device, bytes } => {
-                self.on(&device, |found| found.resize(bytes)).map(|bytes| Response::Resized { device, bytes })
-            }
+            Request::Resize { device, bytes, shrink, force } => self
+                .on(&device, |found| found.device.resize(bytes, shrink, force, &found.server))
+                .map(|bytes| Response::Resized { device, bytes }),
             Request::Limit { device, iops, bytes_per_s } => self
-                .on(&device, |found| found.limit(iops, bytes_per_s))
+                .on(&device, |found| found.device.limit(iops, bytes_per_s))
                 .map(|()| Response::Limited { device }),
         };
         answer.unwrap_or_else(|error| Response::Error(chain(&error)))
@@ -288,11 +288,11 @@ impl Board {
     }
 
     /// Does something to the device of that name.
-    fn on<T>(&self, name: &str, act: impl FnOnce(&AnyDevice) -> anyhow::Result<T>) -> anyhow::Result<T> {
+    fn on<T>(&self, name: &str, act: impl FnOnce(&Entry) -> anyhow::Result<T>) -> anyhow::Result<T> {
         let found = self.devices.iter().find(|entry| entry.name == name).ok_or_else(|| {
             let names: Vec<_> = self.devices.iter().map(|entry| format!("`{}`", entry.name)).collect();
             anyhow!("there is no device `{name}`; there are {}", names.join(", "))
         })?;
-        act(&found.device).with_context(|| format!("device `{name}`"))
+        act(found).with_context(|| format!("device `{name}`"))
     }
 }

@@ -100,7 +100,9 @@ pub struct QueueStatus {
 /// What a server is doing.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Status {
-    /// The front end that has the device.
+    /// A front end has the device.
+    pub connected: bool,
+    /// Who that is, if the kernel knows.
     pub peer: Option<Peer>,
     /// Virtio features it has negotiated.
     pub features: u64,
@@ -146,6 +148,13 @@ impl ServerHandle {
             }
         }
         status
+    }
+
+    /// Does something while no front end has the device, and keeps those away that would connect meanwhile; None if one
+    /// has it.
+    pub fn unless_connected<T>(&self, act: impl FnOnce() -> T) -> Option<T> {
+        let status = self.0.status();
+        (!status.connected).then(act)
     }
 }
 
@@ -305,6 +314,7 @@ impl Server {
         let bell = self.signals.bell.clone();
         let session = Session::new(queues.clone(), self.session_options, bell, record.clone());
         let mut status = self.shared.status();
+        status.connected = true;
         status.peer = peer;
         status.sessions += 1;
         Active { connection: Connection::new(stream), session, peer }
@@ -338,6 +348,7 @@ impl Server {
         let Active { connection, session, .. } = active;
         drop(session);
         let mut status = self.shared.status();
+        status.connected = false;
         status.peer = None;
         status.features = 0;
         status.queues.fill(QueueStatus::default());

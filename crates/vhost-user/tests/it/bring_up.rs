@@ -122,3 +122,26 @@ fn shutdown_completes_what_is_in_flight() {
     assert_eq!(vm.guest.read(at, 4), b"held");
     assert!(!host.path.exists());
 }
+
+#[test]
+fn what_needs_a_device_without_front_end_is_done_only_then() {
+    let host = Host::new(1);
+    assert_eq!(host.handle.unless_connected(|| 7), Some(7));
+    let mut vm = Vm::new(&host, RingFormat::Split, 1);
+    assert!(host.handle.status().connected);
+    assert_eq!(host.handle.unless_connected(|| 7), None);
+    // It has the device whether or not a ring runs.
+    vm.frontend.reset_device().unwrap();
+    assert_eq!(host.handle.unless_connected(|| 7), None);
+    drop(vm);
+    eventually("the session ends", || host.handle.unless_connected(|| 7).is_some());
+    // One that connects while it is done has to wait.
+    let begun = host.handle.unless_connected(|| {
+        let frontend = host.frontend();
+        let sessions = host.handle.clone();
+        (frontend, sessions)
+    });
+    let (frontend, handle) = begun.unwrap();
+    frontend.set_owner().unwrap();
+    eventually("it is served", || handle.status().connected);
+}

@@ -198,11 +198,11 @@ impl Backend for File {
 
     fn channel(&self, memory: &Arc<Memory>, depth: u16) -> Result<ChannelBuilder, BackendError> {
         let hold = Arc::new(Hold::take(&self.opened, lock::WAIT)?);
-        let memory = memory.clone();
+        let (engine, file) = (self.opened.options.engine, self.opened.clone());
+        let parts = engine.wants_uring(file.kind).then(|| Uring::prepare(&hold, memory, depth));
         Ok(Box::new(move || {
-            let (engine, kind) = (hold.file().options.engine, hold.file().kind);
-            if engine.wants_uring(kind) {
-                match Uring::new(&hold, &memory, depth) {
+            if let Some(parts) = parts {
+                match parts.and_then(|parts| Uring::new(parts, file, depth)) {
                     Ok(uring) => return Ok(Box::new(uring)),
                     Err(error) if engine == Engine::Uring => return Err(error),
                     Err(error) => {

@@ -4,6 +4,7 @@
 //! is looked for in shared memory.
 
 use std::collections::VecDeque;
+use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::path::Path;
 use std::sync::Arc;
@@ -15,7 +16,7 @@ use virtio::ring::Chains;
 
 use super::bounce::{BOUNCE_BYTES, Bounce};
 use super::hold::Hold;
-use super::ring::{PIECES_MAX, Ring, Way};
+use super::ring::{PIECES_MAX, Parts, Ring, Way};
 use super::zero::{Step, zeros};
 use super::{DirectAlign, Opened};
 use crate::backend::{BackendError, Channel, Done, Op, OpKind, Status};
@@ -77,8 +78,9 @@ pub(super) struct Uring {
 }
 
 impl Uring {
-    pub(super) fn new(hold: &Arc<Hold>, memory: &Arc<Memory>, depth: u16) -> Result<Self, BackendError> {
-        let file = hold.file().clone();
+    /// What may take long, on any thread.
+    pub(super) fn prepare(hold: &Arc<Hold>, memory: &Arc<Memory>, depth: u16) -> Result<Parts, BackendError> {
+        let file = hold.file();
         // The one that is locked is always among them.
         let files = match &file.direct {
             Some((direct, _)) => vec![direct.as_raw_fd(), file.buffered.as_raw_fd()],
@@ -86,12 +88,14 @@ impl Uring {
         };
         // Pinned pages pay only where the kernel would otherwise pin them for each request.
         let fixed = file.options.fixed_buffers && file.direct.is_some();
-        let ring =
-            Ring::new(memory, hold, depth, &files, file.options.sqpoll_ms, fixed).map_err(|error| {
-                BackendError(format!("making an io_uring for {}: {error}", file.path.display()))
-            })?;
+        Parts::new(memory, hold, depth, &files, file.options.sqpoll_ms, fixed)
+            .map_err(|error| not_made(file, &error))
+    }
+
+    /// The rest, on the thread that will use it.
+    pub(super) fn new(parts: Parts, file: Arc<Opened>, depth: u16) -> Result<Self, BackendError> {
         Ok(Self {
-            ring,
+            ring: Ring::new(parts).map_err(|error| not_made(&file, &error))?,
             align: file.direct.as_ref().map(|&(_, align)| align),
             file,
             flights: (0..depth).map(|_| None).collect(),
@@ -221,6 +225,10 @@ impl Uring {
             self.request(next, chains);
         }
     }
+}
+
+fn not_made(file: &Opened, error: &io::Error) -> BackendError {
+    BackendError(format!("making an io_uring for {}: {error}", file.path.display()))
 }
 
 impl Channel for Uring {
