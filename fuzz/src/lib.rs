@@ -6,6 +6,8 @@
 pub mod blk;
 pub mod config;
 mod input;
+pub mod memory;
 pub mod pci;
+pub mod record;
 pub mod ring;
 pub mod vhost_user;
