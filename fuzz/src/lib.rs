@@ -8,6 +8,7 @@ pub mod config;
 mod input;
 pub mod memory;
 pub mod pci;
+mod ranges;
 pub mod record;
 pub mod ring;
 pub mod vhost_user;

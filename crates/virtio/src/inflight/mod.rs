@@ -11,6 +11,7 @@ mod packed;
 mod split;
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use crate::memory::{Area, Backing};
 use crate::ring::{Chains, DeviceRing, RingError, RingFormat, RingState, Token};
@@ -18,8 +19,9 @@ use crate::ring::{Chains, DeviceRing, RingError, RingFormat, RingState, Token};
 use packed::PackedInflight;
 use split::SplitInflight;
 
-/// The version of both layouts.
+/// The version of both layouts, and where it stands in both. All zeros, a record is not begun.
 const RECORD_VERSION: u16 = 1;
+const VERSION_AT: usize = 8;
 
 /// Why a record cannot be used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -60,6 +62,13 @@ impl Inflight {
             RingFormat::Split => split::bytes(size),
             RingFormat::Packed => packed::bytes(size),
         }
+    }
+
+    /// Whether the record at `offset` of `backing` has been begun, by this process or another.
+    #[must_use]
+    pub fn is_begun(backing: Arc<dyn Backing>, offset: usize) -> bool {
+        let header = Area::new(backing, offset, VERSION_AT + 2, 8);
+        header.is_some_and(|header| header.u16(VERSION_AT).load(Ordering::Relaxed) != 0)
     }
 
     /// Opens the record at `offset` of `backing`. One that is all zeros begins with its queue.
