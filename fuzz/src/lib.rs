@@ -7,5 +7,6 @@ pub mod blk;
 pub mod config;
 mod input;
 pub mod pci;
+mod ranges;
 pub mod ring;
 pub mod vhost_user;

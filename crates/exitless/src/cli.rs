@@ -12,7 +12,7 @@ use crate::size::Size;
 
 const EXIT_CODES: &str = "\
 Exit codes:
-  0  it did what was asked; for a service: it was told to end by SIGTERM or SIGINT, and drained
+  0  it did what was asked; for a service: it was told to end by SIGTERM, SIGINT or SIGHUP, and drained
   1  it failed, or a second signal ended it before it had drained, or it had not drained after 30 s
   2  the command line or the configuration file is wrong";
 

@@ -61,6 +61,11 @@ impl AnyDevice {
         self.as_blk().map(Blk::bytes)
     }
 
+    /// How many descriptors each queue that runs takes for the device.
+    pub(crate) fn queue_descriptors(&self) -> u64 {
+        self.as_blk().map_or(0, |disk| disk.queue_descriptors().into())
+    }
+
     /// A disk's counters.
     pub(crate) fn blk_stats(&self) -> Option<BlkStats> {
         self.as_blk().map(|disk| disk.counters().into())

@@ -16,6 +16,7 @@ use rustix::io::Errno;
 use virtio::{QueueCounters, QueueSet};
 
 use crate::bell::Bell;
+use crate::inflight::RecordId;
 use crate::listener::{ListenError, Listener};
 use crate::session::{Reply, Session, SessionError, SessionOptions, lock};
 use crate::wire::{Connection, Received, WireError};
@@ -33,6 +34,8 @@ pub struct Options {
     pub socket: PathBuf,
     /// Permissions of the socket file.
     pub socket_mode: u32,
+    /// Group of the socket file, if it is not to be this process's.
+    pub socket_group: Option<u32>,
     /// Virtio feature bits not to offer, whatever the device has. User-Mode Linux up to 6.x needs none withheld: its
     /// way of setting up packed rings is recognised.
     pub without: u64,
@@ -44,7 +47,13 @@ impl Options {
     /// A socket for this user only, and everything offered.
     #[must_use]
     pub fn new(socket: impl Into<PathBuf>) -> Self {
-        Self { socket: socket.into(), socket_mode: 0o600, without: 0, host_notifier: false }
+        Self {
+            socket: socket.into(),
+            socket_mode: 0o600,
+            socket_group: None,
+            without: 0,
+            host_notifier: false,
+        }
     }
 }
 
@@ -111,6 +120,7 @@ pub struct Status {
 struct Shared {
     status: Mutex<Status>,
     queues: Arc<Mutex<QueueSet>>,
+    record: Arc<Mutex<Option<RecordId>>>,
 }
 
 impl Shared {
@@ -159,7 +169,7 @@ impl Server {
     /// # Errors
     /// The socket cannot be made, or somebody else uses it.
     pub fn new(queues: QueueSet, options: &Options) -> Result<Self, Error> {
-        let listener = Listener::new(&options.socket, options.socket_mode)?;
+        let listener = Listener::for_group(&options.socket, options.socket_mode, options.socket_group)?;
         let bell = Bell::new().map_err(|e| Error::System { what: "make an eventfd", source: e.into() })?;
         let signals = Arc::new(Signals { bell: Arc::new(bell), config_changed: AtomicBool::new(false) });
         let device = queues.device().clone();
@@ -170,7 +180,11 @@ impl Server {
         })));
         let status =
             Status { queues: vec![QueueStatus::default(); device.queues().into()], ..Status::default() };
-        let shared = Shared { status: Mutex::new(status), queues: Arc::new(Mutex::new(queues)) };
+        let shared = Shared {
+            status: Mutex::new(status),
+            queues: Arc::new(Mutex::new(queues)),
+            record: Arc::default(),
+        };
         Ok(Self {
             listener,
             shared: Arc::new(shared),
@@ -287,8 +301,9 @@ impl Server {
     fn begin(&self, stream: UnixStream) -> Active {
         let peer = peer_of(&stream);
         tracing::info!(socket = %self.listener.path().display(), ?peer, "front end connected");
-        let session =
-            Session::new(self.shared.queues.clone(), self.session_options, self.signals.bell.clone());
+        let Shared { queues, record, .. } = &*self.shared;
+        let bell = self.signals.bell.clone();
+        let session = Session::new(queues.clone(), self.session_options, bell, record.clone());
         let mut status = self.shared.status();
         status.peer = peer;
         status.sessions += 1;

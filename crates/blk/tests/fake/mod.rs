@@ -208,6 +208,11 @@ impl Rig {
         self.back.iter().any(|&(id, _)| id == sent.id)
     }
 
+    /// Throws away answers that nobody waits for.
+    pub fn forget(&mut self) {
+        self.back.clear();
+    }
+
     pub fn wait(&mut self, sent: Sent) -> Answer {
         let deadline = Instant::now() + PATIENCE;
         loop {

@@ -144,6 +144,18 @@ impl Ring {
         self.push(slot, opcode::Fsync::new(Fixed(file)).flags(FsyncFlags::DATASYNC).build());
     }
 
+    /// Writes bytes that never change.
+    pub(super) fn write_constant(&mut self, slot: usize, file: u32, offset: u64, bytes: &'static [u8]) {
+        let entry =
+            opcode::Write::new(Fixed(file), bytes.as_ptr(), bytes.len() as u32).offset(offset).build();
+        self.push(slot, entry);
+    }
+
+    /// Succeeds.
+    pub(super) fn nothing(&mut self, slot: usize) {
+        self.push(slot, opcode::Nop::new().build());
+    }
+
     /// `fallocate(2)`.
     pub(super) fn allocate(&mut self, slot: usize, file: u32, mode: i32, offset: u64, len: u64) {
         self.push(slot, opcode::Fallocate::new(Fixed(file), len).offset(offset).mode(mode).build());
@@ -245,6 +257,11 @@ impl Drop for Ring {
             ManuallyDrop::drop(&mut self.hold);
         }
     }
+}
+
+/// Whether the system lets this process have rings: containers and administrators forbid them.
+pub(super) fn probe(sqpoll_ms: Option<u32>) -> io::Result<()> {
+    build(1, sqpoll_ms).map(|_| ())
 }
 
 /// A ring with the best flags that the kernel has.

@@ -16,8 +16,6 @@ use crate::data::Pieces;
 
 /// The most bytes copied for one operation in one go.
 const COPY_BYTES_MAX: u64 = 256 << 10;
-/// The most bytes given back to the system in one go: freeing that many takes about a millisecond.
-const FREE_BYTES_MAX: u64 = 16 << 20;
 
 /// A disk in memory.
 #[derive(Debug)]
@@ -85,7 +83,7 @@ impl Steps for InPlace {
                 if copied == now { Ok(progress + now) } else { Err(Status::IoError) }
             }
             OpKind::Discard | OpKind::WriteZeroes { .. } => {
-                let now = left.min(FREE_BYTES_MAX);
+                let now = self.store.zeroed_at_once(at, left);
                 self.store.zero(at, now).map(|()| progress + now).map_err(|_| Status::IoError)
             }
             OpKind::Flush => Ok(0),
