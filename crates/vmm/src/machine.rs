@@ -8,7 +8,7 @@ use virtio::QueueSet;
 use crate::boot::{self, Boot};
 use crate::bus::Bus;
 use crate::config::{Config, PciDevice};
-use crate::doorbell::DoorbellMode;
+use crate::doorbell::PageFaults;
 use crate::irq::{self, Messages};
 use crate::kvm::Vm;
 use crate::legacy::{Cmos, DebugExit, I8042, MarkPort, Pm1};
@@ -85,15 +85,20 @@ impl Machine {
             .map(|index| Vcpu::new(&vm, index, cpus, entry, config.pin.get(index).copied()))
             .collect::<Result<Vec<_>, _>>()?;
 
+        let meters: Vec<_> = vcpus.iter().map(Vcpu::meter).collect();
+        let faults: PageFaults = {
+            let meters = meters.clone();
+            Arc::new(move || meters.iter().map(Meter::page_faults).sum())
+        };
+        let bells = |vm: &Arc<Vm>| DeviceDoorbells::new(vm.clone(), config.doorbells, faults.clone());
         let mut bus = pci::Bus::new(platform::windows());
         let devices = devices
             .into_iter()
-            .map(|device| attach(device, &vm, &ram, config.doorbells, &pool, &mut bus))
+            .map(|device| attach(device, &vm, &ram, bells(&vm), &pool, &mut bus))
             .collect::<Result<Vec<_>, _>>()?;
         bus.assign()
             .map_err(|error| Error::Device { label: "devices".to_owned(), reason: error.to_string() })?;
 
-        let meters = vcpus.iter().map(Vcpu::meter).collect();
         let counted = Arc::new(Counted { meters, devices, pool, marks: Mutex::default() });
         let power = Arc::new(Power::new());
         let console = Arc::new(Console::new(irq::line(&vm.fd, layout::COM1_IRQ)?, config.serial));
@@ -239,13 +244,13 @@ fn attach(
     device: PciDevice,
     vm: &Arc<Vm>,
     ram: &Ram,
-    mode: DoorbellMode,
+    doorbells: DeviceDoorbells,
     pool: &Arc<Pool>,
     bus: &mut pci::Bus,
 ) -> Result<Attached, Error> {
     let label = device.label;
     let failed = |reason: String| Error::Device { label: label.clone(), reason };
-    let doorbells = Arc::new(DeviceDoorbells::new(vm.clone(), mode));
+    let doorbells = Arc::new(doorbells);
     let resources = Resources {
         memory: ram.memory().clone(),
         interrupts: Arc::new(Messages(vm.fd.clone())),

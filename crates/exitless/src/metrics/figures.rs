@@ -154,12 +154,17 @@ fn exit_handling_ratio(snapshot: &Snapshot) -> Option<f64> {
 
 fn doorbells(text: &mut Text, snapshot: &Snapshot) {
     type Count = (&'static str, &'static str, fn(&vmm::stats::QueueSnapshot) -> u64);
-    const COUNTS: [Count; 2] = [
+    const COUNTS: [Count; 3] = [
         ("exitless_queue_kicks_total", "Kicks that caused an exit.", |queue| queue.doorbell.kicks),
         (
             "exitless_queue_doorbell_maps_total",
             "Times the notification page became ordinary memory.",
             |queue| queue.doorbell.maps,
+        ),
+        (
+            "exitless_queue_doorbell_faults_total",
+            "Page faults of the guest from one such time to the next.",
+            |queue| queue.doorbell.faults,
         ),
     ];
     for (name, help, count) in COUNTS {

@@ -37,6 +37,9 @@ pub(super) struct Report {
 struct Counted {
     /// Kicks that caused an exit.
     kicks: u64,
+    /// Times that notification pages became memory, and the guest's page faults from one time to the next.
+    doorbell_maps: u64,
+    doorbell_faults: u64,
     /// Interrupts that the devices raised.
     interrupts: u64,
     exits: u64,
@@ -106,6 +109,8 @@ impl Report {
 fn count(counted: &Snapshot, requests: u64, vcpus: u16) -> Counted {
     Counted {
         kicks: counted.kicks(),
+        doorbell_maps: counted.queues.iter().map(|queue| queue.doorbell.maps).sum(),
+        doorbell_faults: counted.queues.iter().map(|queue| queue.doorbell.faults).sum(),
         interrupts: counted.interrupts(),
         exits: counted.exits(),
         exits_per_request: per(counted.exits(), requests),

@@ -168,6 +168,7 @@ fn queue_since(now: &QueueSnapshot, before: &QueueSnapshot) -> QueueSnapshot {
             kicks: since(now.doorbell.kicks, before.doorbell.kicks),
             maps: since(now.doorbell.maps, before.doorbell.maps),
             rung_while_mapped: since(now.doorbell.rung_while_mapped, before.doorbell.rung_while_mapped),
+            faults: since(now.doorbell.faults, before.doorbell.faults),
         },
     }
 }

@@ -121,6 +121,12 @@ impl Meter {
         let sampled = if tid == 0 { sampled::CpuTime::default() } else { sampled::cpu_time(tid) };
         VcpuSnapshot::read(&self.0.counters, self.0.kvm.as_ref().and_then(Binary::read), sampled)
     }
+
+    /// Page faults of the guest's so far that KVM handled; 0 where it does not say.
+    pub(crate) fn page_faults(&self) -> u64 {
+        let values = self.0.kvm.as_ref().and_then(Binary::read);
+        values.and_then(|values| values.get("pf_taken").copied()).unwrap_or(0)
+    }
 }
 
 impl Running {
