@@ -44,8 +44,9 @@ struct Counted {
     interrupts: u64,
     exits: u64,
     exits_per_request: Option<f64>,
-    /// Exit-handling time.
+    /// Exit-handling time, and by how many points it may be wrong.
     eht_percent: Option<f64>,
+    eht_error_percent: Option<f64>,
     exits_by_reason: BTreeMap<String, u64>,
     user_exits: u64,
     io_threads: Vec<IoThread>,
@@ -115,6 +116,7 @@ fn count(counted: &Snapshot, requests: u64, vcpus: u16) -> Counted {
         exits: counted.exits(),
         exits_per_request: per(counted.exits(), requests),
         eht_percent: counted.eht_percent(),
+        eht_error_percent: counted.eht_error_percent(),
         exits_by_reason: reasons(counted),
         user_exits: counted.user_exits(),
         io_threads: io_threads(counted),
@@ -221,6 +223,7 @@ pub(super) mod tests {
             "kicks",
             "interrupts",
             "eht_percent",
+            "eht_error_percent",
         ] {
             assert!(row.get(key).is_some(), "no `{key}` in {row}");
         }
