@@ -204,10 +204,9 @@ fn run(shared: &Shared, mut cpu: Kickable<'_>, buses: &Buses, power: &Power) -> 
                 buses.mmio.read(address, data);
             }
             Ok(VcpuExit::Intr) => counters.signals.add(1),
-            // A triple fault.
             Ok(VcpuExit::Shutdown) => {
                 counters.others.add(1);
-                power.end(Outcome::Reset);
+                power.end(Outcome::TripleFault);
             }
             Ok(exit) => {
                 let reason = format!("it left the guest for a reason that nobody handles ({exit:?})");
