@@ -151,6 +151,10 @@ pub enum Command {
     /// Run a virtual machine with disks, in the monitor of this program.
     ///
     /// Without a kernel, an embedded guest runs: a short tour of every device, or the job it is given.
+    ///
+    /// A first SIGTERM, SIGINT or SIGHUP presses the machine's power button, and the guest is waited for; a second one
+    /// stops the machine, as does the first if the guest does not listen to the button. The embedded guest ends its job
+    /// early. The exit code is 1 if the guest failed, was cut off or short, or if requests of its job failed.
     #[command(after_help = RUN_EXAMPLES)]
     Run(Box<RunOptions>),
     /// Measure this program and other servers side by side.

@@ -9,6 +9,7 @@
 pub mod cli;
 pub mod config;
 pub mod control;
+mod descriptors;
 mod device;
 mod drain;
 pub mod failure;

@@ -144,7 +144,7 @@ fn enough_descriptors(board: &[Entry]) -> Result<(), Failure> {
 
 /// Lets this process have as many descriptors as it may: every queue takes a few, and every device one for each
 /// region of its guest's memory.
-fn allow_descriptors() {
+pub(crate) fn allow_descriptors() {
     let limit = getrlimit(Resource::Nofile);
     let wanted = Rlimit { current: limit.maximum, ..limit };
     if let Err(error) = setrlimit(Resource::Nofile, wanted) {

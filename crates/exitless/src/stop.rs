@@ -114,6 +114,7 @@ fn is_ignored(signal: i32) -> bool {
 }
 
 /// The order that a second signal is, as long as it is held back.
+#[derive(Clone)]
 pub(crate) struct SecondSignal(Arc<AtomicBool>);
 
 impl SecondSignal {

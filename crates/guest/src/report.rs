@@ -4,6 +4,7 @@ use core::fmt::{self, Display, Formatter, Write};
 
 use crate::histogram::Histogram;
 use crate::machine::clock::Clock;
+use crate::machine::service;
 use crate::options::{Options, format_name};
 
 /// `{"ready":…}`: the machine is known, the job begins.
@@ -46,7 +47,7 @@ pub struct Load<'a> {
     pub ticks: u64,
     /// From submission to completion, in ticks.
     pub latency: &'a Histogram,
-    /// Requests that were completed while measured.
+    /// Requests that were done while measured.
     pub requests: u64,
     /// Notifications to the device.
     pub kicks: u64,
@@ -54,8 +55,10 @@ pub struct Load<'a> {
     pub interrupts: u64,
     /// Interrupts that did not come.
     pub lost_interrupts: u64,
-    /// Requests that failed.
-    pub errors: u64,
+    /// Requests that came back, while measured and before and after.
+    pub returned: u64,
+    /// Of those, requests that failed.
+    pub failed: u64,
     /// Bytes that were written and read back before.
     pub verified_bytes: u64,
 }
@@ -76,9 +79,16 @@ impl Display for Load<'_> {
         object.decimal("p50_us", us(500))?.decimal("p99_us", us(990))?.decimal("p999_us", us(999))?;
         object.number("kicks", self.kicks)?.number("interrupts", self.interrupts)?;
         object.number("lost_interrupts", self.lost_interrupts)?;
-        object.number("errors", self.errors)?.number("verified_bytes", self.verified_bytes)?;
+        object.number("returned", self.returned)?.number("errors", self.failed)?;
+        object.number("verified_bytes", self.verified_bytes)?;
+        cut_short(&mut object)?;
         object.end()
     }
+}
+
+/// Adds `cut_short` to the result of a job that was not left to its end.
+pub(crate) fn cut_short(object: &mut Object<'_, '_>) -> fmt::Result {
+    if service::asked_to_end() { object.number("cut_short", 1).map(drop) } else { Ok(()) }
 }
 
 /// A JSON object inside of another one, under a name.
@@ -181,10 +191,11 @@ mod tests {
             kicks: 3,
             interrupts: 2,
             lost_interrupts: 0,
-            errors: 1,
+            returned: 12,
+            failed: 1,
             verified_bytes: 4096,
         };
-        let expected = r#"{"result":{"job":"blk","id":"a\"b","device":"disk","disk":0,"jobs":1,"qd":4,"bs":4096,"rw":"randread","ring":"split","irq":0,"seconds":0.500,"requests":10,"iops":20.000,"bytes_per_s":81920.000,"p50_us":1.000,"p99_us":1.000,"p999_us":1.000,"kicks":3,"interrupts":2,"lost_interrupts":0,"errors":1,"verified_bytes":4096}}"#;
+        let expected = r#"{"result":{"job":"blk","id":"a\"b","device":"disk","disk":0,"jobs":1,"qd":4,"bs":4096,"rw":"randread","ring":"split","irq":0,"seconds":0.500,"requests":10,"iops":20.000,"bytes_per_s":81920.000,"p50_us":1.000,"p99_us":1.000,"p999_us":1.000,"kicks":3,"interrupts":2,"lost_interrupts":0,"returned":12,"errors":1,"verified_bytes":4096}}"#;
         assert_eq!(load.to_string(), expected);
         assert!(
             Load { ticks: 0, ..load }.to_string().contains("\"iops\":0.000"),

@@ -12,9 +12,10 @@
 //! seen; and the queue looks at its ring after that.
 //!
 //! Adding and removing a slot waits for every virtual CPU: some 10 to 100 µs, and milliseconds where the host is busy.
-//! So a page is mapped only once its driver has made enough exits, since the thread last woke, to have paid for what
-//! the changes took lately: at most twice the cost of having known the future (as in `reactor::policy`), and nothing
-//! for drivers that behave.
+//! Afterwards the guest faults the page in anew, and all of its memory where KVM forgets every slot for one. [`policy`]
+//! counts both, and decides when that is worth it.
+
+pub mod policy;
 
 use std::fmt;
 use std::io;
@@ -29,18 +30,13 @@ use virtio::GuestAddr;
 use virtio::memory::{Area, Backing};
 use vmm_sys_util::eventfd::EventFd;
 
+use self::policy::{Budget, Cost, worth_mapping};
 use crate::memory;
 use crate::pci::Bell;
 use crate::raw::{self, Slot};
 
 /// What lies in a mapped page until the guest writes: no queue has this index.
 const NOT_RUNG: u32 = u32::MAX;
-/// What a write that traps is taken to cost, in ns. An exit that the kernel handles takes 1 to 2 µs on bare metal and 20
-/// to 50 µs where the host is itself a guest; between the two, closer to the lower, because mapping in vain also keeps
-/// the I/O thread from its other queues.
-pub const KICK_NS: u64 = 5_000;
-/// What mapping and unmapping a page is taken to cost before it was done once, in ns: the median on a nested host.
-pub const CHANGE_NS_START: u64 = 80_000;
 
 /// When a queue's notification page is mapped.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -50,7 +46,7 @@ pub enum DoorbellMode {
     /// While the I/O thread is awake, once the driver has made as many exits that nobody needed as mapping is worth.
     #[default]
     Adaptive,
-    /// Whenever the I/O thread is awake.
+    /// Whenever the I/O thread is awake, as far as changes take no more than a small share of the time.
     Map,
 }
 
@@ -82,22 +78,8 @@ impl FromStr for DoorbellMode {
     }
 }
 
-/// Whether to map a page whose driver has made `kicks` exits since the I/O thread woke, where mapping and unmapping takes
-/// `change_ns`.
-#[must_use]
-pub fn worth_mapping(mode: DoorbellMode, kicks: u64, change_ns: u64) -> bool {
-    match mode {
-        DoorbellMode::Trap => false,
-        DoorbellMode::Adaptive => kicks.saturating_mul(KICK_NS) >= change_ns.max(KICK_NS),
-        DoorbellMode::Map => true,
-    }
-}
-
-/// What a change is taken to cost after one that took `took_ns`: mean over the last few.
-#[must_use]
-pub fn change_after(change_ns: u64, took_ns: u64) -> u64 {
-    (change_ns.saturating_mul(3).saturating_add(took_ns)) / 4
-}
+/// How many page faults of the guest's KVM has handled so far.
+pub(crate) type PageFaults = Arc<dyn Fn() -> u64 + Send + Sync>;
 
 /// What a doorbell counts.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -108,6 +90,8 @@ pub struct DoorbellCounters {
     pub maps: u64,
     /// Of those, times the guest had written when it was unmapped.
     pub rung_while_mapped: u64,
+    /// Page faults of the guest's from one time to the next that it was mapped.
+    pub faults: u64,
 }
 
 /// The doorbell of one queue. It rings nowhere until it is placed.
@@ -124,6 +108,8 @@ pub struct Doorbell {
     kicks: AtomicU64,
     maps: AtomicU64,
     rung_while_mapped: AtomicU64,
+    fault_count: AtomicU64,
+    faults: PageFaults,
 }
 
 struct State {
@@ -136,13 +122,21 @@ struct State {
     refused: bool,
     /// How long mapping it took, the last time.
     map_ns: u64,
-    /// How long mapping and unmapping takes.
-    change_ns: u64,
+    /// How many page faults there had been then.
+    faults: Option<u64>,
+    cost: Cost,
+    budget: Budget,
 }
 
 impl Doorbell {
     /// A doorbell whose event is `fd`, an eventfd that does not block.
-    pub(crate) fn new(vm: Arc<VmFd>, slot: Slot, mode: DoorbellMode, fd: OwnedFd) -> io::Result<Self> {
+    pub(crate) fn new(
+        vm: Arc<VmFd>,
+        slot: Slot,
+        mode: DoorbellMode,
+        faults: PageFaults,
+        fd: OwnedFd,
+    ) -> io::Result<Self> {
         let event = raw::event_fd(fd.as_fd())?;
         let page = memory::page("doorbell").map_err(io::Error::other)?;
         let word = Area::new(page.clone(), 0, size_of::<u32>(), align_of::<AtomicU32>())
@@ -153,10 +147,25 @@ impl Doorbell {
             kicks: 0,
             refused: false,
             map_ns: 0,
-            change_ns: CHANGE_NS_START,
+            faults: None,
+            cost: Cost::default(),
+            budget: Budget::new(Clock::get().now()),
         });
-        let (kicks, maps, rung_while_mapped) = Default::default();
-        Ok(Self { vm, mode, event, fd, page, word, state, kicks, maps, rung_while_mapped })
+        let (kicks, maps, rung_while_mapped, fault_count) = Default::default();
+        Ok(Self {
+            vm,
+            mode,
+            event,
+            fd,
+            page,
+            word,
+            state,
+            kicks,
+            maps,
+            rung_while_mapped,
+            fault_count,
+            faults,
+        })
     }
 
     /// What it counted.
@@ -166,14 +175,17 @@ impl Doorbell {
             kicks: self.kicks.load(Ordering::Relaxed),
             maps: self.maps.load(Ordering::Relaxed),
             rung_while_mapped: self.rung_while_mapped.load(Ordering::Relaxed),
+            faults: self.fault_count.load(Ordering::Relaxed),
         }
     }
 
+    /// Maps it, if it is worth that.
     fn map(&self, state: &mut State) {
         let Some(addr) = state.at else { return };
-        if state.refused || !state.slot.is_empty() {
+        if state.refused || !state.slot.is_empty() || !state.is_worth_mapping(self.mode) {
             return;
         }
+        self.count_faults(state);
         self.word.u32(0).store(NOT_RUNG, Ordering::Relaxed);
         let began = Clock::get().now();
         match state.slot.show(addr, self.page.clone()) {
@@ -185,6 +197,16 @@ impl Doorbell {
                 state.refused = true;
                 tracing::debug!(%addr, %error, "cannot map a doorbell; it goes on trapping");
             }
+        }
+    }
+
+    /// Counts what the change before led to: faults on the page, and on all other memory that was forgotten with it.
+    fn count_faults(&self, state: &mut State) {
+        let now = (self.faults)();
+        if let Some(before) = state.faults.replace(now) {
+            let faults = now.saturating_sub(before);
+            self.fault_count.fetch_add(faults, Ordering::Relaxed);
+            state.cost.faulted(faults);
         }
     }
 
@@ -203,7 +225,7 @@ impl Doorbell {
             return true;
         }
         let unmap_ns = Clock::get().now().since_ns(began);
-        state.change_ns = change_after(state.change_ns, state.map_ns.saturating_add(unmap_ns));
+        state.cost.changed(state.map_ns.saturating_add(unmap_ns));
         let rang = self.word.u32(0).swap(NOT_RUNG, Ordering::AcqRel) != NOT_RUNG;
         self.rung_while_mapped.fetch_add(rang.into(), Ordering::Relaxed);
         rang
@@ -211,6 +233,13 @@ impl Doorbell {
 
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    /// Decides, and pays if so.
+    fn is_worth_mapping(&mut self, mode: DoorbellMode) -> bool {
+        worth_mapping(mode, self.kicks, self.cost) && self.budget.pay(Clock::get().now(), self.cost)
     }
 }
 
@@ -227,9 +256,7 @@ impl virtio::Doorbell for Doorbell {
             self.kicks.fetch_add(kicks, Ordering::Relaxed);
             state.kicks = state.kicks.saturating_add(kicks);
         }
-        if worth_mapping(self.mode, state.kicks, state.change_ns) {
-            self.map(&mut state);
-        }
+        self.map(&mut state);
     }
 
     fn listen(&self) -> bool {

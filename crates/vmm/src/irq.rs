@@ -55,6 +55,15 @@ impl Interrupts for Messages {
     }
 }
 
+/// What sets the level of an interrupt line.
+pub(crate) fn level(vm: Arc<VmFd>, irq: u16) -> impl Fn(bool) + Send + Sync {
+    move |high| {
+        if let Err(error) = vm.set_irq_line(irq.into(), high) {
+            tracing::warn!(irq, %error, "cannot set an interrupt line");
+        }
+    }
+}
+
 /// An event that raises an interrupt line for a moment.
 pub(crate) fn line(vm: &VmFd, irq: u32) -> Result<EventFd, Error> {
     let event = EventFd::new(EFD_NONBLOCK).map_err(|error| Error::system("create an eventfd", error))?;

@@ -46,7 +46,9 @@ pub(crate) const COMMAND_LINE_BYTES: usize = 2048;
 /// Where conventional memory ends: the extended BIOS data area of a PC.
 pub(crate) const LOW_RAM_END: u64 = 0x9_FC00;
 /// ACPI tables: the area where kernels look for them.
-pub(crate) const ACPI: Range<u64> = 0xE_0000..0x10_0000;
+pub(crate) const ACPI: Range<u64> = 0xE_0000..0xF_FFF0;
+/// Where a PC's processor begins in real mode. A kernel that wants the BIOS to reset the machine jumps here.
+pub(crate) const RESET_VECTOR: u64 = 0xF_FFF0;
 /// Where RAM begins in earnest, and kernels are loaded.
 pub(crate) const HIGH_RAM: u64 = 0x10_0000;
 
@@ -58,6 +60,8 @@ pub(crate) const I8042: Range<u64> = 0x60..0x65;
 pub(crate) const PM1: Range<u64> = 0x600..0x606;
 pub(crate) const DEBUG_EXIT: Range<u64> = 0x501..0x502;
 pub(crate) const MARKS: Range<u64> = 0x502..0x503;
+pub(crate) const PANIC: Range<u64> = 0x505..0x506;
+pub(crate) const END_WORD: Range<u64> = 0x508..0x50C;
 /// PCI configuration mechanism #1, with the reset register in its midst.
 pub(crate) const PCI_PORTS: Range<u64> = 0xCF8..0xD00;
 pub(crate) const RESET_PORT: u16 = 0xCF9;

@@ -1,9 +1,12 @@
-//! The rest of a PC, as far as kernels insist on it: ways to end the machine, the clock in its CMOS memory, and two
-//! ports for guests that measure.
+//! The rest of a PC, as far as kernels insist on it: ways to end the machine and to say why, the clock in its CMOS
+//! memory, and ports for guests that measure.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, AtomicU16, Ordering};
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
+
+use virtio::memory::Area;
+use virtio::{GuestAddr, Memory};
 
 use crate::bus::Handler;
 use crate::layout;
@@ -29,57 +32,77 @@ impl Handler for I8042 {
     }
 }
 
-/// ACPI's PM1 registers (ACPI 6.5, section 4.8.3.1): an event block of status and enable, which nothing ever happens
-/// in, and the control register, which puts the machine to sleep.
-pub(crate) struct Pm1 {
-    power: Arc<Power>,
-    enable: AtomicU16,
-    control: AtomicU16,
-}
+/// The panic device of QEMU's machines (docs/specs/pvpanic), on its port.
+pub(crate) struct PanicPort(pub(crate) Arc<Power>);
 
-/// What a guest writes to `SLP_TYP` to switch off; the DSDT says so.
-pub(crate) const SLEEP_TYPE_OFF: u16 = 5;
-const PM1_ENABLE: u64 = 2;
-const PM1_CONTROL: u64 = 4;
-const SCI_EN: u16 = 1 << 0;
-const SLP_TYP_SHIFT: u32 = 10;
-const SLP_TYP: u16 = 7 << SLP_TYP_SHIFT;
-const SLP_EN: u16 = 1 << 13;
+/// The guest's kernel has panicked.
+const PANICKED: u8 = 1 << 0;
+/// The same, and a crash kernel of its own takes over.
+const CRASH_LOADED: u8 = 1 << 1;
 
-impl Pm1 {
-    pub(crate) fn new(power: Arc<Power>) -> Self {
-        Self { power, enable: AtomicU16::new(0), control: AtomicU16::new(0) }
+impl Handler for PanicPort {
+    fn read(&self, _offset: u64, data: &mut [u8]) {
+        data.fill(PANICKED | CRASH_LOADED);
     }
 
-    fn sleep(&self, control: u16) {
-        if control & SLP_EN != 0 && (control & SLP_TYP) >> SLP_TYP_SHIFT == SLEEP_TYPE_OFF {
-            self.power.end(Outcome::PowerOff);
+    fn write(&self, _offset: u64, data: &[u8]) {
+        let Some(&event) = data.first() else { return };
+        if event & CRASH_LOADED != 0 {
+            self.0.crashed();
+        }
+        if event & PANICKED != 0 {
+            self.0.end(Outcome::Panicked);
         }
     }
 }
 
-impl Handler for Pm1 {
-    fn read(&self, offset: u64, data: &mut [u8]) {
-        let registers = [
-            0,
-            self.enable.load(Ordering::Relaxed),
-            // There is no other mode than ACPI's.
-            self.control.load(Ordering::Relaxed) & !SLP_EN | SCI_EN,
-        ];
-        let bytes = registers.iter().flat_map(|register| register.to_le_bytes()).skip(offset as usize);
-        data.iter_mut().zip(bytes).for_each(|(to, from)| *to = from);
+/// The way to ask a guest for an end that has no ACPI: it says where a word of its memory is that becomes 1.
+pub(crate) struct EndWord {
+    memory: Arc<Memory>,
+    state: Mutex<EndState>,
+}
+
+#[derive(Default)]
+struct EndState {
+    word: Option<Area>,
+    is_asked: bool,
+}
+
+impl EndWord {
+    pub(crate) fn new(memory: Arc<Memory>) -> Self {
+        Self { memory, state: Mutex::default() }
     }
 
+    /// Asks. False if the guest has not said where; it is told when it does.
+    pub(crate) fn ask(&self) -> bool {
+        let mut state = self.lock();
+        state.is_asked = true;
+        state.tell();
+        state.word.is_some()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, EndState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl EndState {
+    fn tell(&self) {
+        if let (true, Some(word)) = (self.is_asked, &self.word) {
+            word.u32(0).store(1, Ordering::Relaxed);
+        }
+    }
+}
+
+impl Handler for EndWord {
+    fn read(&self, _offset: u64, _data: &mut [u8]) {}
+
     fn write(&self, offset: u64, data: &[u8]) {
-        let &[low, high, ..] = data else { return };
-        let value = u16::from_le_bytes([low, high]);
-        match offset {
-            PM1_ENABLE => self.enable.store(value, Ordering::Relaxed),
-            PM1_CONTROL => {
-                self.control.store(value, Ordering::Relaxed);
-                self.sleep(value);
-            }
-            _ => {}
+        if let (0, Ok(address)) = (offset, <[u8; 4]>::try_from(data)) {
+            let address = GuestAddr(u32::from_le_bytes(address).into());
+            let mut state = self.lock();
+            state.word = self.memory.area(address, size_of::<u32>(), align_of::<u32>()).ok();
+            state.tell();
         }
     }
 }
@@ -207,11 +230,10 @@ mod tests {
         assert_eq!(ended(&i8042, 4, &[0xFE]), Some(Outcome::Reset));
         assert_eq!(ended(&i8042, 4, &[0xD1]), None);
         assert_eq!(ended(&i8042, 0, &[0xFE]), None);
-        let pm1 = |power| Box::new(Pm1::new(power)) as Box<dyn Handler>;
-        assert_eq!(ended(&pm1, 4, &0x3400u16.to_le_bytes()), Some(Outcome::PowerOff));
-        assert_eq!(ended(&pm1, 4, &0x1400u16.to_le_bytes()), None, "prepared only");
-        assert_eq!(ended(&pm1, 4, &0x2000u16.to_le_bytes()), None, "another sleep");
-        assert_eq!(ended(&pm1, 4, &[0x34]), None);
+        let panic = |power| Box::new(PanicPort(power)) as Box<dyn Handler>;
+        assert_eq!(ended(&panic, 0, &[PANICKED]), Some(Outcome::Panicked));
+        assert_eq!(ended(&panic, 0, &[CRASH_LOADED]), None, "its crash kernel goes on");
+        assert_eq!(ended(&panic, 0, &[0x80]), None);
         let exit = |power| Box::new(DebugExit(power)) as Box<dyn Handler>;
         assert_eq!(ended(&exit, 0, &[7]), Some(Outcome::Exit(7)));
         assert_eq!(ended(&exit, 0, &[]), None);
@@ -220,15 +242,38 @@ mod tests {
     }
 
     #[test]
-    fn acpi_is_always_on() {
-        let pm1 = Pm1::new(Arc::new(Power::new()));
-        let mut control = [0xFF; 2];
-        pm1.read(4, &mut control);
-        assert_eq!(u16::from_le_bytes(control), SCI_EN);
-        pm1.write(2, &0x120u16.to_le_bytes());
-        let mut event = [0xFF; 8];
-        pm1.read(0, &mut event);
-        assert_eq!(event, [0, 0, 0x20, 1, 1, 0, 0xFF, 0xFF], "and nothing beyond the registers");
+    fn a_guest_with_a_crash_kernel_has_panicked_however_that_ends_the_machine() {
+        for (end, expected) in [
+            (Outcome::Reset, Outcome::Panicked),
+            (Outcome::PowerOff, Outcome::Panicked),
+            (Outcome::Stopped, Outcome::Stopped),
+            (Outcome::Exit(3), Outcome::Exit(3)),
+        ] {
+            let power = Arc::new(Power::new());
+            let port = PanicPort(power.clone());
+            let mut events = [0];
+            port.read(0, &mut events);
+            port.write(0, &[events[0] & CRASH_LOADED]);
+            power.end(end);
+            assert_eq!(power.outcome(), Some(expected));
+        }
+    }
+
+    #[test]
+    fn a_guest_is_asked_for_an_end_where_it_says_and_nowhere_else() {
+        let ram = crate::memory::Ram::new(16 << 20, false).unwrap();
+        let port = EndWord::new(ram.memory().clone());
+        let word = |at: u64| ram.memory().area(GuestAddr(at), 4, 4).unwrap().u32(0).load(Ordering::Relaxed);
+        for nowhere in [0xFFFF_FFFC_u32, 0x1001] {
+            port.write(0, &nowhere.to_le_bytes());
+            assert!(!port.ask());
+        }
+        port.write(0, &[0; 2]);
+        port.write(2, &0x1000_u32.to_le_bytes());
+        assert_eq!(word(0x1000), 0);
+        port.write(0, &0x1000_u32.to_le_bytes());
+        assert_eq!(word(0x1000), 1, "it was asked before");
+        assert!(port.ask());
     }
 
     #[test]

@@ -45,6 +45,7 @@ mod machine;
 mod memory;
 pub mod pci;
 mod platform;
+mod pm1;
 mod power;
 mod raw;
 mod serial;

@@ -8,14 +8,15 @@ use virtio::QueueSet;
 use crate::boot::{self, Boot};
 use crate::bus::Bus;
 use crate::config::{Config, PciDevice};
-use crate::doorbell::DoorbellMode;
+use crate::doorbell::PageFaults;
 use crate::irq::{self, Messages};
 use crate::kvm::Vm;
-use crate::legacy::{Cmos, DebugExit, I8042, MarkPort, Pm1};
+use crate::legacy::{Cmos, DebugExit, EndWord, I8042, MarkPort, PanicPort};
 use crate::memory::Ram;
 use crate::pci::virtio::Resources;
 use crate::pci::{self, VirtioPci};
 use crate::platform::{self, DeviceDoorbells, Shown};
+use crate::pm1::Pm1;
 use crate::power::Power;
 use crate::serial::Console;
 use crate::stats::{QueueSnapshot, Snapshot};
@@ -30,11 +31,18 @@ pub struct Machine {
     running: Mutex<Vec<Running>>,
     buses: Arc<Buses>,
     console: Arc<Console>,
+    buttons: Buttons,
     counted: Arc<Counted>,
     /// Held while a pause begins or ends.
     pausing: Mutex<()>,
     /// What virtual CPUs and devices work in, so it goes last.
     _ram: Ram,
+}
+
+/// The ways to ask the guest for an end.
+struct Buttons {
+    pm1: Arc<Pm1>,
+    end_word: Arc<EndWord>,
 }
 
 /// A device in its slot.
@@ -85,27 +93,38 @@ impl Machine {
             .map(|index| Vcpu::new(&vm, index, cpus, entry, config.pin.get(index).copied()))
             .collect::<Result<Vec<_>, _>>()?;
 
+        let meters: Vec<_> = vcpus.iter().map(Vcpu::meter).collect();
+        let faults: PageFaults = {
+            let meters = meters.clone();
+            Arc::new(move || meters.iter().map(Meter::page_faults).sum())
+        };
+        let bells = |vm: &Arc<Vm>| DeviceDoorbells::new(vm.clone(), config.doorbells, faults.clone());
         let mut bus = pci::Bus::new(platform::windows());
         let devices = devices
             .into_iter()
-            .map(|device| attach(device, &vm, &ram, config.doorbells, &pool, &mut bus))
+            .map(|device| attach(device, &vm, &ram, bells(&vm), &pool, &mut bus))
             .collect::<Result<Vec<_>, _>>()?;
         bus.assign()
             .map_err(|error| Error::Device { label: "devices".to_owned(), reason: error.to_string() })?;
 
-        let meters = vcpus.iter().map(Vcpu::meter).collect();
         let counted = Arc::new(Counted { meters, devices, pool, marks: Mutex::default() });
         let power = Arc::new(Power::new());
         let console = Arc::new(Console::new(irq::line(&vm.fd, layout::COM1_IRQ)?, config.serial));
         let (mut ports, mut mmio) = (Bus::default(), Bus::default());
         platform::connect(&Arc::new(bus), &power, &mut ports, &mut mmio)?;
-        connect(&mut ports, &power, &console, &counted)?;
+        let sci = Box::new(irq::level(vm.fd.clone(), layout::SCI_IRQ));
+        let buttons = Buttons {
+            pm1: Arc::new(Pm1::new(power.clone(), sci)),
+            end_word: Arc::new(EndWord::new(ram.memory().clone())),
+        };
+        connect(&mut ports, &power, &console, &buttons, &counted)?;
         Ok(Self {
             power,
             waiting: Mutex::new(Some(vcpus)),
             running: Mutex::default(),
             buses: Arc::new(Buses { ports, mmio }),
             console,
+            buttons,
             counted,
             pausing: Mutex::new(()),
             _ram: ram,
@@ -144,6 +163,14 @@ impl Machine {
     /// Ends it, if it has not ended. [`Machine::run`] returns soon.
     pub fn stop(&self) {
         self.power.end(Outcome::Stopped);
+    }
+
+    /// Presses the power button, which asks the guest to come to an end of its own. False if it has not said that it
+    /// listens, and so will not.
+    pub fn press_power_button(&self) -> bool {
+        // Both: who listens to one does not listen to the other.
+        let (pressed, told) = (self.buttons.pm1.press(), self.buttons.end_word.ask());
+        pressed || told
     }
 
     /// Stops all virtual CPUs where they are, then the devices' queues, and returns when nothing moves any more: that
@@ -239,13 +266,13 @@ fn attach(
     device: PciDevice,
     vm: &Arc<Vm>,
     ram: &Ram,
-    mode: DoorbellMode,
+    doorbells: DeviceDoorbells,
     pool: &Arc<Pool>,
     bus: &mut pci::Bus,
 ) -> Result<Attached, Error> {
     let label = device.label;
     let failed = |reason: String| Error::Device { label: label.clone(), reason };
-    let doorbells = Arc::new(DeviceDoorbells::new(vm.clone(), mode));
+    let doorbells = Arc::new(doorbells);
     let resources = Resources {
         memory: ram.memory().clone(),
         interrupts: Arc::new(Messages(vm.fd.clone())),
@@ -265,6 +292,7 @@ fn connect(
     ports: &mut Bus,
     power: &Arc<Power>,
     console: &Arc<Console>,
+    buttons: &Buttons,
     counted: &Arc<Counted>,
 ) -> Result<(), Error> {
     let marked = counted.clone();
@@ -272,8 +300,10 @@ fn connect(
     ports.add("the serial port", layout::COM1, console.clone())?;
     ports.add("the keyboard controller", layout::I8042, Arc::new(I8042(power.clone())))?;
     ports.add("the real-time clock", layout::CMOS, Arc::new(Cmos::default()))?;
-    ports.add("power management", layout::PM1, Arc::new(Pm1::new(power.clone())))?;
+    ports.add("power management", layout::PM1, buttons.pm1.clone())?;
     ports.add("the exit port", layout::DEBUG_EXIT, Arc::new(DebugExit(power.clone())))?;
+    ports.add("the panic device", layout::PANIC, Arc::new(PanicPort(power.clone())))?;
+    ports.add("the port for the word that ends", layout::END_WORD, buttons.end_word.clone())?;
     ports.add("the mark port", layout::MARKS, Arc::new(mark))
 }
 

@@ -8,7 +8,7 @@ use virtio::GuestAddr;
 use virtio::memory::Mapping;
 
 use crate::bus::{Bus, Handler};
-use crate::doorbell::{Doorbell, DoorbellCounters, DoorbellMode};
+use crate::doorbell::{Doorbell, DoorbellCounters, DoorbellMode, PageFaults};
 use crate::kvm::Vm;
 use crate::legacy;
 use crate::pci::{self, Bell, Doorbells, Mappings, Registration};
@@ -19,13 +19,14 @@ use crate::{Error, layout};
 pub(crate) struct DeviceDoorbells {
     vm: Arc<Vm>,
     mode: DoorbellMode,
+    faults: PageFaults,
     /// By queue.
     made: Mutex<Vec<Arc<Doorbell>>>,
 }
 
 impl DeviceDoorbells {
-    pub(crate) fn new(vm: Arc<Vm>, mode: DoorbellMode) -> Self {
-        Self { vm, mode, made: Mutex::default() }
+    pub(crate) fn new(vm: Arc<Vm>, mode: DoorbellMode, faults: PageFaults) -> Self {
+        Self { vm, mode, faults, made: Mutex::default() }
     }
 
     /// What they counted, by queue.
@@ -38,7 +39,8 @@ impl DeviceDoorbells {
 impl Doorbells for DeviceDoorbells {
     fn bell(&self, _queue: u16, kick: OwnedFd) -> io::Result<Arc<dyn Bell>> {
         let slot = self.vm.slot().map_err(io::Error::other)?;
-        let doorbell = Arc::new(Doorbell::new(self.vm.fd.clone(), slot, self.mode, kick)?);
+        let doorbell =
+            Arc::new(Doorbell::new(self.vm.fd.clone(), slot, self.mode, self.faults.clone(), kick)?);
         // They are made in the order of their queues, once.
         self.made.lock().unwrap_or_else(PoisonError::into_inner).push(doorbell.clone());
         Ok(doorbell)

@@ -11,8 +11,12 @@ use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 pub enum Outcome {
     /// The guest switched it off.
     PowerOff,
-    /// The guest asked for a reset, or ran into one (a triple fault).
+    /// The guest asked for a reset.
     Reset,
+    /// A virtual CPU ran into a fault while it began to handle another one, and into a third.
+    TripleFault,
+    /// The guest's kernel said that it has panicked.
+    Panicked,
     /// The guest ended it with a status, by a write to port 0x501. 0 is success.
     Exit(u8),
     /// It was told to stop.
@@ -29,6 +33,8 @@ enum Phase {
 struct State {
     phase: Phase,
     outcome: Option<Outcome>,
+    /// The guest's kernel has panicked, and another one goes on.
+    crashed: bool,
     /// Virtual CPUs that have begun and not ended.
     alive: usize,
     /// Of those, how many wait for the pause to end.
@@ -43,7 +49,7 @@ pub(crate) struct Power {
 
 impl Power {
     pub(crate) fn new() -> Self {
-        let state = State { phase: Phase::Running, outcome: None, alive: 0, resting: 0 };
+        let state = State { phase: Phase::Running, outcome: None, crashed: false, alive: 0, resting: 0 };
         Self { state: Mutex::new(state), changed: Condvar::new() }
     }
 
@@ -53,9 +59,15 @@ impl Power {
         let mut state = self.lock();
         if state.phase != Phase::Over {
             state.phase = Phase::Over;
-            state.outcome.get_or_insert(outcome);
+            let ends_a_crash = state.crashed && matches!(outcome, Outcome::Reset | Outcome::PowerOff);
+            state.outcome.get_or_insert(if ends_a_crash { Outcome::Panicked } else { outcome });
             self.changed.notify_all();
         }
+    }
+
+    /// Takes note that the guest's kernel has panicked, though it goes on to its crash kernel.
+    pub(crate) fn crashed(&self) {
+        self.lock().crashed = true;
     }
 
     /// How it ended, if it has.

@@ -89,9 +89,83 @@ fn every_way_to_end_is_told_from_the_others() {
     if needs::kvm() {
         assert_eq!(run(Program::new().out8(0x64, 0xFE).halt()).1, Outcome::Reset, "keyboard controller");
         assert_eq!(run(Program::new().out8(0xCF9, 6).halt()).1, Outcome::Reset, "reset register");
-        assert_eq!(run(Program::new().triple_fault()).1, Outcome::Reset, "triple fault");
+        assert_eq!(run(Program::new().jump(0xF_FFF0)).1, Outcome::Reset, "the BIOS");
+        assert_eq!(run(Program::new().triple_fault()).1, Outcome::TripleFault);
+        assert_eq!(run(Program::new().out8(0x505, 1).halt()).1, Outcome::Panicked);
         assert_eq!(run(Program::new().out16(0x604, 0x3400).halt()).1, Outcome::PowerOff);
         assert_eq!(run(Program::new().exit(255)).1, Outcome::Exit(255));
+    }
+}
+
+#[test]
+fn a_guest_that_listens_is_asked_to_end() {
+    if needs::kvm() {
+        const PM1_STATUS: u16 = 0x600;
+        const PM1_ENABLE: u16 = 0x602;
+        const POWER_BUTTON: u16 = 1 << 8;
+        const END_WORD: u16 = 0x508;
+        let by_button = Program::new().out16(PM1_ENABLE, POWER_BUTTON).print("x");
+        let by_button = by_button.wait_for_port(PM1_STATUS, POWER_BUTTON).out16(0x604, 0x3400).halt();
+        let by_word = Program::new().write32(SCRATCH, 0).out32(END_WORD, SCRATCH).print("x");
+        let by_word = by_word.wait_for(SCRATCH, 1).exit(3);
+        for (program, end) in [(by_button, Outcome::PowerOff), (by_word, Outcome::Exit(3))] {
+            let console = Console::default();
+            let machine = machine(config(program, &console)).unwrap();
+            thread::scope(|scope| {
+                let running = scope.spawn(|| machine.run());
+                console.wait_for(1);
+                assert!(machine.press_power_button());
+                assert_eq!(running.join().unwrap().unwrap(), end);
+            });
+        }
+        let console = Console::default();
+        let machine = machine(config(Program::new().print("x").halt(), &console)).unwrap();
+        thread::scope(|scope| {
+            let running = scope.spawn(|| machine.run());
+            console.wait_for(1);
+            assert!(!machine.press_power_button(), "nobody listens");
+            machine.stop();
+            assert_eq!(running.join().unwrap().unwrap(), Outcome::Stopped);
+        });
+    }
+}
+
+/// What a loader looks at of a bzImage whose setup code has one sector and whose kernel has 4 KiB.
+fn bz_image() -> Vec<u8> {
+    let mut image = vec![0; 2 * 512 + 4096];
+    let mut put = |at: usize, bytes: &[u8]| image[at..at + bytes.len()].copy_from_slice(bytes);
+    put(0x1F1, &[1]); // setup_sects
+    put(0x1F4, &(4096_u32 / 16).to_le_bytes()); // syssize
+    put(0x1FE, &0xAA55_u16.to_le_bytes());
+    put(0x202, b"HdrS");
+    put(0x206, &0x20F_u16.to_le_bytes()); // version
+    put(0x211, &[1]); // loadflags: loaded high
+    put(0x214, &0x10_0000_u32.to_le_bytes()); // code32_start
+    put(0x236, &1_u16.to_le_bytes()); // xloadflags: 64-bit entry
+    put(0x22C, &0x7FFF_FFFF_u32.to_le_bytes()); // initrd_addr_max
+    image
+}
+
+#[test]
+fn kernels_that_were_cut_short_are_refused() {
+    if needs::kvm() {
+        let build = |image: Vec<u8>| {
+            let mut config = config(Program::new(), &Console::default());
+            config.kernel = Kernel::Embedded(Box::leak(image.into_boxed_slice()));
+            machine(config).map(drop)
+        };
+        let cut = |image: &[u8]| {
+            for bytes in (0..image.len()).rev().step_by(7) {
+                let error = build(image[..bytes].to_vec()).unwrap_err();
+                assert!(matches!(error, Error::Kernel { .. }), "{bytes}: {error}");
+            }
+        };
+        build(bz_image()).unwrap();
+        cut(&bz_image());
+        let error = build(bz_image()[..2000].to_vec()).unwrap_err().to_string();
+        assert!(error.contains("cut short: of 5120 bytes, there are 2000"), "{error}");
+        build(Program::new().print("x").exit(0).elf().to_vec()).unwrap();
+        cut(Program::new().print("x").exit(0).elf());
     }
 }
 

@@ -105,7 +105,7 @@ fn exits(text: &mut Text, snapshot: &Snapshot) {
 
 fn vcpu_times(text: &mut Text, snapshot: &Snapshot) {
     type Time = (&'static str, &'static str, fn(&VcpuSnapshot) -> u64);
-    const TIMES: [Time; 4] = [
+    const TIMES: [Time; 5] = [
         (
             "exitless_vm_inside_seconds_total",
             "Time in KVM_RUN, as of the last return from it: in the guest, asleep for it, or in the kernel's exit handling.",
@@ -116,14 +116,17 @@ fn vcpu_times(text: &mut Text, snapshot: &Snapshot) {
             "Time between two runs of KVM_RUN: exit handling in user space.",
             |vcpu| vcpu.outside_ns,
         ),
+        ("exitless_vm_cpu_seconds_total", "Processor time of virtual CPUs: the scheduler's sum.", |vcpu| {
+            vcpu.run_ns
+        }),
         (
             "exitless_vm_guest_cpu_seconds_total",
-            "Processor time of virtual CPUs in the guest, by the host's clock tick.",
+            "Processor time of virtual CPUs in the guest, as sampled by the host's clock tick.",
             |vcpu| vcpu.guest_ns,
         ),
         (
             "exitless_vm_host_cpu_seconds_total",
-            "Processor time of virtual CPUs in the host, by the host's clock tick.",
+            "Processor time of virtual CPUs that was left for the host: the scheduler's sum without the guest's.",
             |vcpu| vcpu.host_ns,
         ),
     ];
@@ -133,33 +136,32 @@ fn vcpu_times(text: &mut Text, snapshot: &Snapshot) {
             family.add(&[("vcpu", &vcpu)], seconds(time(counted)));
         }
     }
-    let help = "Exit-handling time (EHT) as a share of the virtual CPUs' processor time, since the start.";
+    let help = "Exit-handling time (EHT) as a share of the virtual CPUs' processor time, since the start; none in the \
+                first second of that.";
     let mut family = text.gauge("exitless_vm_exit_handling_ratio", help);
-    if let Some(ratio) = exit_handling_ratio(snapshot) {
-        family.add(&[], ratio);
+    if let Some(percent) = snapshot.eht_percent() {
+        family.add(&[], percent / 100.0);
     }
-}
-
-/// [`Snapshot::eht_percent`] for a machine that runs: where the clock tick has seen no time in the host, the time in
-/// `KVM_RUN` is known up to the last return from it only, which may be long ago, and the time in the guest is better.
-fn exit_handling_ratio(snapshot: &Snapshot) -> Option<f64> {
-    let sum = |value: fn(&VcpuSnapshot) -> u64| snapshot.vcpus.iter().map(value).sum::<u64>();
-    if sum(|vcpu| vcpu.host_ns) > 0 {
-        return snapshot.eht_percent().map(|percent| percent / 100.0);
+    let help = "By how much that may be wrong, either way: two standard deviations of a sampled share.";
+    let mut family = text.gauge("exitless_vm_exit_handling_ratio_error", help);
+    if let Some(percent) = snapshot.eht_error_percent() {
+        family.add(&[], percent / 100.0);
     }
-    let outside = sum(|vcpu| vcpu.outside_ns);
-    let inside = sum(|vcpu| vcpu.inside_ns.max(vcpu.guest_ns));
-    (inside > 0).then(|| outside as f64 / (inside as f64 + outside as f64))
 }
 
 fn doorbells(text: &mut Text, snapshot: &Snapshot) {
     type Count = (&'static str, &'static str, fn(&vmm::stats::QueueSnapshot) -> u64);
-    const COUNTS: [Count; 2] = [
+    const COUNTS: [Count; 3] = [
         ("exitless_queue_kicks_total", "Kicks that caused an exit.", |queue| queue.doorbell.kicks),
         (
             "exitless_queue_doorbell_maps_total",
             "Times the notification page became ordinary memory.",
             |queue| queue.doorbell.maps,
+        ),
+        (
+            "exitless_queue_doorbell_faults_total",
+            "Page faults of the guest from one such time to the next.",
+            |queue| queue.doorbell.faults,
         ),
     ];
     for (name, help, count) in COUNTS {

@@ -14,32 +14,40 @@ use super::console;
 use super::disk::DiskOption;
 use super::follow::Said;
 use super::options::RunOptions;
+use super::panic::Tail;
 use crate::failure::Failure;
 
-/// The machine with its devices, ready to run: its disks, and a source of entropy.
+/// Who listens to the guest's console: to the embedded guest's lines, and to a kernel's last words.
+pub(super) type Ears = (Sender<Said>, Arc<Tail>);
+
+/// The machine with its devices, ready to run: its disks, which are returned too, and a source of entropy.
 pub(super) fn build(
     options: &RunOptions,
     disks: &[DiskOption],
     pool: &Arc<Pool>,
-    tell: Sender<Said>,
-) -> Result<Machine, Failure> {
+    ears: Ears,
+) -> Result<(Machine, Vec<Arc<Blk>>), Failure> {
     let vcpus = NonZeroU16::new(options.vcpus()).unwrap_or(NonZeroU16::MIN);
-    let mut devices = Vec::new();
+    let (mut devices, mut opened) = (Vec::new(), Vec::new());
     for (index, disk) in disks.iter().enumerate() {
-        let disk = open(disk, vcpus).map_err(Failure::Usage)?;
-        devices.push(PciDevice::new(Arc::new(disk), format!("disk{index}"), options.poll));
+        let disk = Arc::new(open(disk, vcpus).map_err(Failure::Usage)?);
+        opened.push(disk.clone());
+        devices.push(PciDevice::new(disk, format!("disk{index}"), options.poll));
     }
     // Guests ask for entropy now and then: no thread polls for that all the time.
     let poll = if options.poll == Mode::Poll { Mode::Hybrid } else { options.poll };
     devices.push(PciDevice::new(Arc::new(Rng::new(None)), "rng", poll));
-    let machine = Machine::new(config(options, tell), devices, pool.clone());
-    machine.context("cannot build the machine").map_err(Failure::Usage)
+    let machine = Machine::new(config(options, ears), devices, pool.clone());
+    let machine = machine.context("cannot build the machine").map_err(Failure::Usage)?;
+    Ok((machine, opened))
 }
 
 /// What is told to the monitor, and to the guest.
-pub(super) fn config(options: &RunOptions, tell: Sender<Said>) -> Config {
+pub(super) fn config(options: &RunOptions, (tell, tail): Ears) -> Config {
     let mut config = match &options.kernel {
-        Some(kernel) => Config::new(Kernel::Path(kernel.clone()), console::stream(options.json).sink()),
+        Some(kernel) => {
+            Config::new(Kernel::Path(kernel.clone()), tail.behind(console::stream(options.json).sink()))
+        }
         None => Config::new(Kernel::Embedded(crate::guest::ELF), Box::new(console::Lines::new(tell))),
     };
     config.initrd.clone_from(&options.initrd);

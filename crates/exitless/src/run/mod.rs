@@ -8,6 +8,7 @@ mod guest;
 mod keyboard;
 mod machine;
 mod options;
+mod panic;
 mod progress;
 mod report;
 mod silence;
@@ -15,8 +16,10 @@ mod table;
 mod terminal;
 #[cfg(test)]
 mod tests;
+mod verdict;
 
 use std::io::{self, Write};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::Duration;
@@ -29,13 +32,19 @@ use vmm::{Machine, Outcome};
 pub(crate) use options::RunOptions;
 use options::Switch;
 
+use crate::descriptors;
 use crate::failure::Failure;
 use crate::metrics::{self, MetricsSocket, MetricsThread};
+use crate::service::allow_descriptors;
 use crate::stop::StopSignals;
 use follow::{Said, follow};
 use report::Report;
 use silence::{PATIENCE, Silence};
 use terminal::Loan;
+use verdict::verdict;
+
+/// What a queue opens when it starts, at most: its ring of the kernel's, and events.
+const QUEUE_DESCRIPTORS_MAX: u64 = 8;
 
 /// Runs the machine until its guest ends it, or somebody else does, and prints what was measured.
 pub(crate) fn run(options: &RunOptions) -> Result<(), Failure> {
@@ -46,6 +55,8 @@ pub(crate) fn run(options: &RunOptions) -> Result<(), Failure> {
     }
     let mut signals = StopSignals::install().context("cannot catch signals")?;
     vmm::check().map_err(Failure::usage)?;
+    options.check().map_err(Failure::Usage)?;
+    allow_descriptors();
     // Before the machine takes long to build.
     let metrics = options.metrics.as_ref().map(MetricsSocket::listen).transpose()?;
     let disks = machine::disks(options)?;
@@ -56,9 +67,16 @@ pub(crate) fn run(options: &RunOptions) -> Result<(), Failure> {
     let pool = pool.map_err(Failure::usage)?;
     let pool = Arc::new(pool);
     let (tell, said) = mpsc::channel();
-    let machine = Arc::new(machine::build(options, &disks, &pool, tell.clone())?);
+    let tail = Arc::new(panic::Tail::default());
+    let (machine, opened) = machine::build(options, &disks, &pool, (tell.clone(), tail.clone()))?;
+    let machine = Arc::new(machine);
+    let queues = machine.snapshot().queues.len() as u64;
+    descriptors::expect(queues * QUEUE_DESCRIPTORS_MAX).map_err(Failure::Usage)?;
     let metrics = metrics.map(|socket| serve_metrics(socket, &machine, options.quiet)).transpose()?;
-    let loan = if options.kernel.is_some() { Loan::take(&mut signals)? } else { None };
+    let Some(at_once) = signals.hold_second().context("cannot catch signals")? else {
+        return Err(Failure::Runtime(anyhow!("stopped by a signal before the guest began")));
+    };
+    let loan = if options.kernel.is_some() { Loan::take(at_once.clone())? } else { None };
     let terminal = loan.as_ref().map(|loan| loan.terminal().clone());
     if terminal.is_some() && !options.quiet {
         let _ = writeln!(io::stderr(), "{}", keyboard::NOTICE);
@@ -72,7 +90,15 @@ pub(crate) fn run(options: &RunOptions) -> Result<(), Failure> {
         outcome
     });
     let runner = runner.context("cannot start a thread")?;
-    end::stop_by_signal(signals, machine.clone(), terminal.clone())?;
+    let asked = Arc::new(AtomicBool::new(false));
+    let signalled = end::Signalled {
+        machine: Arc::downgrade(&machine),
+        terminal: terminal.clone(),
+        at_once,
+        quiet: options.quiet,
+        asked: asked.clone(),
+    };
+    signalled.listen(signals)?;
     if options.kernel.is_some() {
         keyboard::start(&machine, terminal)?;
     }
@@ -89,6 +115,10 @@ pub(crate) fn run(options: &RunOptions) -> Result<(), Failure> {
     let outcome = runner.join().map_err(|_| anyhow!("the machine's thread panicked"))?;
     drop((loan, metrics));
     let outcome = outcome.context("the machine cannot go on")?;
+    report.was_asked = asked.load(Ordering::Acquire);
+    report.console_panicked = tail.tells_of_panic();
+    report.failed = opened.iter().map(|disk| disk.counters().errors).sum();
+    drop(opened);
     report.end(outcome, machine.snapshot());
     crate::print(report.text(options.json).as_bytes())?;
     let finished = end::finish(machine, pool);
@@ -106,17 +136,4 @@ fn serve_metrics(
     }
     let machine = machine.clone();
     socket.answer(Box::new(move || metrics::of_machine(&machine.snapshot())))
-}
-
-fn verdict(outcome: Outcome, report: &Report) -> Result<(), Failure> {
-    if let Some(error) = report.errors.first() {
-        return Err(Failure::Runtime(anyhow!("the guest failed: {error}")));
-    }
-    match outcome {
-        Outcome::Reset if !report.kernel => {
-            Err(Failure::Runtime(anyhow!("the guest failed: a fault that it could not report ended it")))
-        }
-        Outcome::PowerOff | Outcome::Exit(0) | Outcome::Stopped | Outcome::Reset => Ok(()),
-        Outcome::Exit(status) => Err(Failure::Runtime(anyhow!("the guest ended with status {status}"))),
-    }
 }

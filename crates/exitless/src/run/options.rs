@@ -3,9 +3,11 @@
 use std::num::{NonZeroU16, NonZeroU32, NonZeroUsize};
 use std::path::PathBuf;
 
+use anyhow::{Context, ensure};
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, ValueEnum};
-use reactor::{CpuList, Mode};
+use reactor::placement::{Wish, layout};
+use reactor::{CpuList, Machine, Mode};
 use vmm::DoorbellMode;
 
 use super::disk::DiskOption;
@@ -65,7 +67,8 @@ pub struct RunOptions {
     /// What a queue's notification page is while its I/O thread polls.
     ///
     /// `map`: ordinary memory, so that writes to it cause no exit. `trap`: every write is an exit, as in other monitors.
-    /// `adaptive`: memory once a driver has made exits that nobody needed.
+    /// `adaptive`: memory once a driver has made exits that nobody needed. A thread that sleeps often changes it only as
+    /// far as that takes a fortieth of its time.
     #[arg(long, value_name = "MODE", value_parser = doorbell_parser(), default_value_t = DoorbellMode::Adaptive)]
     pub doorbell: DoorbellMode,
 
@@ -221,9 +224,38 @@ impl RunOptions {
     pub fn vcpus(&self) -> u16 {
         self.cpus.unwrap_or(self.job.jobs).get()
     }
+
+    /// Whether this host and the embedded guest can do it.
+    ///
+    /// # Errors
+    /// What cannot be done, and what can.
+    pub(super) fn check(&self) -> anyhow::Result<()> {
+        if let Some(cpus) = &self.vcpu_cpus {
+            let wish = Wish { cpus: Some(cpus.clone()), ..Wish::default() };
+            layout(&Machine::read(), &wish).context("--vcpu-cpus")?;
+        }
+        let buffers = self.job.buffer_bytes();
+        let memory = self.mem.0.get();
+        ensure!(
+            self.kernel.is_some() || buffers < memory,
+            "{} requests of {} in each of {} queues take {} MiB, which the machine's memory must hold: `--mem` is {}",
+            self.job.qd,
+            self.job.bs,
+            self.job.jobs,
+            buffers >> 20,
+            self.mem
+        );
+        Ok(())
+    }
 }
 
 impl JobOptions {
+    /// Memory for the data of all requests of a load.
+    fn buffer_bytes(&self) -> u64 {
+        let requests = u64::from(self.jobs.get()) * u64::from(self.qd.get());
+        self.bs.0.get().saturating_mul(requests)
+    }
+
     /// The embedded guest's command line.
     #[must_use]
     pub fn command_line(&self) -> String {
@@ -280,6 +312,17 @@ mod tests {
         assert_eq!(parse("--jobs 3").unwrap().vcpus(), 3);
         assert_eq!(parse("--jobs 3 --cpus 4").unwrap().vcpus(), 4);
         assert_eq!(parse("").unwrap().vcpus(), 1);
+    }
+
+    #[test]
+    fn what_cannot_be_is_refused_before_anything_starts() {
+        let refused = |line| parse(line).unwrap().check().unwrap_err();
+        let error = refused("--qd 256 --bs 1M").to_string();
+        assert!(error.contains("256 MiB") && error.contains("`--mem` is 256M"), "{error}");
+        assert!(parse("--qd 256 --bs 1M --mem 300M").unwrap().check().is_ok());
+        assert!(parse("--kernel k --qd 256 --bs 1M").unwrap().check().is_ok(), "no job of the guest's");
+        let error = format!("{:#}", refused("--vcpu-cpus 1023"));
+        assert!(error.contains("--vcpu-cpus: ") && error.contains("may not run on CPU 1023"), "{error}");
     }
 
     #[test]

@@ -26,6 +26,12 @@ pub(super) struct Report {
     /// What the disks are called, in their order.
     pub(super) disks: Vec<String>,
     pub(super) results: Vec<Measured>,
+    /// Requests that failed, of all disks.
+    pub(super) failed: u64,
+    /// A signal asked the guest to come to its end.
+    pub(super) was_asked: bool,
+    /// The last that the kernel said on its console is that it panicked.
+    pub(super) console_panicked: bool,
     /// What the embedded guest complained of.
     pub(super) errors: Vec<String>,
     /// How it ended, and all that was counted.
@@ -37,12 +43,16 @@ pub(super) struct Report {
 struct Counted {
     /// Kicks that caused an exit.
     kicks: u64,
+    /// Times that notification pages became memory, and the guest's page faults from one time to the next.
+    doorbell_maps: u64,
+    doorbell_faults: u64,
     /// Interrupts that the devices raised.
     interrupts: u64,
     exits: u64,
     exits_per_request: Option<f64>,
-    /// Exit-handling time.
+    /// Exit-handling time, and by how many points it may be wrong.
     eht_percent: Option<f64>,
+    eht_error_percent: Option<f64>,
     exits_by_reason: BTreeMap<String, u64>,
     user_exits: u64,
     io_threads: Vec<IoThread>,
@@ -62,6 +72,7 @@ struct KernelRow {
     outcome: String,
     seconds: f64,
     requests: u64,
+    errors: u64,
     iops: f64,
     #[serde(flatten)]
     counted: Counted,
@@ -80,9 +91,9 @@ impl Report {
     /// The whole report.
     pub(super) fn text(&self, json: bool) -> String {
         match (json, self.kernel) {
-            (true, true) => self.end.as_ref().map_or(String::new(), |end| line(&kernel_row(end, self.vcpus))),
+            (true, true) => self.end.as_ref().map_or(String::new(), |end| line(&self.kernel_row(end))),
             (true, false) => self.results.iter().map(|measured| line(&self.row(measured))).collect(),
-            (false, true) => self.end.as_ref().map_or(String::new(), kernel_text),
+            (false, true) => self.end.as_ref().map_or(String::new(), |end| self.kernel_text(end)),
             (false, false) => table::text(self),
         }
     }
@@ -101,15 +112,46 @@ impl Report {
         }
         row
     }
+
+    fn kernel_row(&self, (outcome, counted): &(Outcome, Snapshot)) -> KernelRow {
+        let (seconds, requests) = (lifetime_s(counted), counted.requests());
+        KernelRow {
+            outcome: name(*outcome),
+            seconds,
+            requests,
+            errors: self.failed,
+            iops: requests.saturating_sub(self.failed) as f64 / seconds.max(1e-9),
+            counted: count(counted, requests, self.vcpus),
+        }
+    }
+
+    fn kernel_text(&self, (outcome, counted): &(Outcome, Snapshot)) -> String {
+        let list = reasons(counted);
+        let list: Vec<_> = list.iter().map(|(reason, count)| format!("{reason} {count}")).collect();
+        let failed = if self.failed > 0 { format!(" ({} failed)", self.failed) } else { String::new() };
+        format!(
+            "\n{} after {:.1} s: {} requests{failed}, {} kicks, {} interrupts, {} exits ({})\n",
+            name(*outcome),
+            lifetime_s(counted),
+            counted.requests(),
+            counted.kicks(),
+            counted.interrupts(),
+            counted.exits(),
+            list.join(", ")
+        )
+    }
 }
 
 fn count(counted: &Snapshot, requests: u64, vcpus: u16) -> Counted {
     Counted {
         kicks: counted.kicks(),
+        doorbell_maps: counted.queues.iter().map(|queue| queue.doorbell.maps).sum(),
+        doorbell_faults: counted.queues.iter().map(|queue| queue.doorbell.faults).sum(),
         interrupts: counted.interrupts(),
         exits: counted.exits(),
         exits_per_request: per(counted.exits(), requests),
         eht_percent: counted.eht_percent(),
+        eht_error_percent: counted.eht_error_percent(),
         exits_by_reason: reasons(counted),
         user_exits: counted.user_exits(),
         io_threads: io_threads(counted),
@@ -121,31 +163,6 @@ fn line(row: &impl Serialize) -> String {
     serde_json::to_string(row).map_or(String::new(), |line| line + "\n")
 }
 
-fn kernel_row((outcome, counted): &(Outcome, Snapshot), vcpus: u16) -> KernelRow {
-    let (seconds, requests) = (lifetime_s(counted), counted.requests());
-    KernelRow {
-        outcome: name(*outcome),
-        seconds,
-        requests,
-        iops: requests as f64 / seconds.max(1e-9),
-        counted: count(counted, requests, vcpus),
-    }
-}
-
-fn kernel_text((outcome, counted): &(Outcome, Snapshot)) -> String {
-    let list: Vec<_> = reasons(counted).iter().map(|(reason, count)| format!("{reason} {count}")).collect();
-    format!(
-        "\n{} after {:.1} s: {} requests, {} kicks, {} interrupts, {} exits ({})\n",
-        name(*outcome),
-        lifetime_s(counted),
-        counted.requests(),
-        counted.kicks(),
-        counted.interrupts(),
-        counted.exits(),
-        list.join(", ")
-    )
-}
-
 /// How long the virtual CPUs lived, by the first of them.
 fn lifetime_s(counted: &Snapshot) -> f64 {
     counted.vcpus.first().map_or(0.0, |vcpu| (vcpu.inside_ns + vcpu.outside_ns) as f64 / 1e9)
@@ -155,6 +172,8 @@ fn name(outcome: Outcome) -> String {
     match outcome {
         Outcome::PowerOff => "power off".into(),
         Outcome::Reset => "reset".into(),
+        Outcome::TripleFault => "triple fault".into(),
+        Outcome::Panicked => "panic".into(),
         Outcome::Exit(status) => format!("exit {status}"),
         Outcome::Stopped => "stopped".into(),
     }
@@ -216,6 +235,7 @@ pub(super) mod tests {
             "kicks",
             "interrupts",
             "eht_percent",
+            "eht_error_percent",
         ] {
             assert!(row.get(key).is_some(), "no `{key}` in {row}");
         }
@@ -223,6 +243,20 @@ pub(super) mod tests {
         assert_eq!(row["exits_by_reason"], json!({ "io_exits": 2 }));
         assert_eq!((&row["kicks"], &row["kicks_sent"]), (&json!(0), &json!(7)));
         assert_eq!((&row["interrupts"], &row["interrupts_taken"]), (&json!(0), &json!(8)));
+    }
+
+    #[test]
+    fn requests_of_a_kernel_that_failed_are_no_work() {
+        let mut counted = Snapshot::default();
+        counted.queues.push(vmm::stats::QueueSnapshot::default());
+        counted.queues[0].counters.requests = 10;
+        let vcpu = vmm::stats::VcpuSnapshot { inside_ns: 2_000_000_000, ..Default::default() };
+        counted.vcpus.push(vcpu);
+        let mut report = Report { kernel: true, failed: 4, ..Report::default() };
+        report.end(Outcome::PowerOff, counted);
+        let row: Value = serde_json::from_str(&report.text(true)).unwrap();
+        assert_eq!((&row["requests"], &row["errors"], &row["iops"]), (&json!(10), &json!(4), &json!(3.0)));
+        assert!(report.text(false).contains("10 requests (4 failed)"));
     }
 
     #[test]

@@ -3,8 +3,13 @@
 use std::collections::BTreeMap;
 
 use serde_json::Value;
+use vmm::Snapshot;
 
 use super::report::{Measured, Report, io_threads, per, reasons};
+use super::verdict::flaws;
+
+/// What was not measured, or too little to say.
+const NONE: &str = "–";
 
 const HEADER: [&str; 11] = [
     "device",
@@ -37,6 +42,11 @@ pub(super) fn text(report: &Report) -> String {
         let list: Vec<_> = sum.iter().map(|(reason, count)| format!("{reason} {count}")).collect();
         text += &format!("\nexits while measuring: {}\n", list.join(", "));
     }
+    for measured in &report.results {
+        for flaw in flaws(&measured.result) {
+            text += &format!("\n{}: {flaw}\n", title(measured, &report.disks));
+        }
+    }
     let lost = report.results.iter().filter_map(|measured| measured.result.count("lost_interrupts"));
     let lost = lost.sum::<u64>();
     if lost > 0 {
@@ -48,23 +58,39 @@ pub(super) fn text(report: &Report) -> String {
 fn cells(measured: &Measured, disks: &[String]) -> Vec<String> {
     let result = &measured.result;
     let counted = measured.counted.clone().unwrap_or_default();
-    let number = |value: Option<f64>, digits: usize| value.map_or("-".into(), |v| format!("{v:.digits$}"));
+    let number = |value: Option<f64>, digits: usize| value.map_or(NONE.into(), |v| format!("{v:.digits$}"));
     let busy: Vec<_> =
         io_threads(&counted).iter().map(|thread| format!("{:.0}", thread.busy_percent)).collect();
-    let exits = per(counted.exits(), result.count("requests").unwrap_or(0));
+    let requests = result.count("requests").unwrap_or(0);
+    let exits = per(counted.exits(), requests);
+    let latency = |name| number(result.number(name).filter(|_| requests > 0), 2);
     vec![
         device(measured, disks),
         load(measured),
-        result.number("iops").map_or("-".into(), rate),
+        result.number("iops").map_or(NONE.into(), rate),
         number(result.number("bytes_per_s").map(|rate| rate / 1e6), 0),
-        number(result.number("p50_us"), 2),
-        number(result.number("p99_us"), 2),
-        exits.map_or("-".into(), |v| if v == 0.0 { "0".into() } else { format!("{v:.6}") }),
+        latency("p50_us"),
+        latency("p99_us"),
+        exits.map_or(NONE.into(), |v| if v == 0.0 { "0".into() } else { format!("{v:.6}") }),
         counted.kicks().to_string(),
         counted.interrupts().to_string(),
-        number(counted.eht_percent(), 3),
-        if busy.is_empty() { "-".into() } else { busy.join(" ") },
+        eht(&counted),
+        if busy.is_empty() { NONE.into() } else { busy.join(" ") },
     ]
+}
+
+/// Exit-handling time, with how wrong it may be.
+fn eht(counted: &Snapshot) -> String {
+    let text = |(percent, error): (f64, f64)| format!("{percent:.1} ±{error:.1}");
+    counted.eht_percent().zip(counted.eht_error_percent()).map_or(NONE.into(), text)
+}
+
+/// What a job is called below the table.
+fn title(measured: &Measured, disks: &[String]) -> String {
+    let is_load = measured.result.number("iops").is_some();
+    let words =
+        [device(measured, disks), if is_load { load(measured) } else { measured.result.text("job").into() }];
+    words.into_iter().filter(|word| !word.is_empty()).collect::<Vec<_>>().join(" ")
 }
 
 /// What the load was on: a disk as the command line calls it, or a device of which there is one.
@@ -147,6 +173,21 @@ mod tests {
         assert!(lines[1].contains("0.005000"), "{text}");
         assert!(text.contains("exits while measuring: io_exits 2"), "{text}");
         assert!(text.contains("interrupts lost: 3"), "{text}");
+    }
+
+    #[test]
+    fn what_failed_stands_under_the_table() {
+        let result = json!({
+            "job": "blk", "disk": 0, "qd": 1, "rw": "randwrite", "iops": 0.0, "p50_us": 0.0, "requests": 0,
+            "returned": 62784, "errors": 55055
+        });
+        let text = report(result).text(false);
+        assert!(text.contains("\nnull:8G randwrite qd1 polled: 55055 of 62784 requests failed\n"), "{text}");
+        let row = text.lines().nth(1).unwrap();
+        assert!(
+            row.split_whitespace().filter(|cell| *cell == "–").count() >= 3,
+            "a latency of nothing: {row}"
+        );
     }
 
     #[test]

@@ -11,7 +11,7 @@ use anyhow::Context;
 use rustix::process::getpgrp;
 use rustix::termios::{OptionalActions, Termios, isatty, tcgetattr, tcgetpgrp, tcsetattr};
 
-use crate::stop::{SecondSignal, StopSignals};
+use crate::stop::SecondSignal;
 
 /// A terminal that is lent. Threads may hold on to it longer than it is.
 pub(super) struct Terminal {
@@ -24,17 +24,14 @@ pub(super) struct Terminal {
 pub(super) struct Loan(Arc<Terminal>);
 
 impl Loan {
-    /// Lends the terminal; None if stdin is none, or if a signal has said already that it all ends. From then on a second
-    /// signal ends the process at once only when the terminal was given back.
-    pub(super) fn take(signals: &mut StopSignals) -> anyhow::Result<Option<Self>> {
+    /// Lends the terminal; None if stdin is none. `second_signal` is allowed to end the process at once only when the
+    /// terminal was given back.
+    pub(super) fn take(second_signal: SecondSignal) -> anyhow::Result<Option<Self>> {
         let stdin = io::stdin();
         if !isatty(&stdin) {
             return Ok(None);
         }
         let before = tcgetattr(&stdin).context("cannot read the terminal's settings")?;
-        let Some(second_signal) = signals.hold_second().context("cannot catch signals")? else {
-            return Ok(None);
-        };
         let loan = Self(Arc::new(Terminal { before, lent: Mutex::new(true), second_signal }));
         tcsetattr(&stdin, OptionalActions::Now, &raw(&loan.0.before))
             .context("cannot set up the terminal")?;
@@ -87,6 +84,7 @@ mod tests {
     use rustix::termios::LocalModes;
 
     use super::*;
+    use crate::stop::StopSignals;
 
     /// Set in the child that has a terminal.
     const CHILD: &str = "EXITLESS_TERMINAL_TEST";
@@ -95,7 +93,8 @@ mod tests {
     fn a_panic_gives_the_terminal_back() {
         if std::env::var_os(CHILD).is_some() {
             let mut signals = StopSignals::install().unwrap();
-            let _loan = Loan::take(&mut signals).unwrap().unwrap();
+            let second = signals.hold_second().unwrap().unwrap();
+            let _loan = Loan::take(second).unwrap().unwrap();
             assert!(!tcgetattr(io::stdin()).unwrap().local_modes.intersects(LocalModes::ICANON));
             panic!("on purpose");
         }

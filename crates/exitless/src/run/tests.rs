@@ -117,7 +117,7 @@ fn job(fault: &Fault, arguments: &str, patience: Duration) -> (Report, bool) {
     let disk = open(&disks(&options).unwrap()[0], NonZeroU16::MIN).unwrap();
     let disk = PciDevice::new(Arc::new(Faulty { disk, fault: fault.clone() }), "disk", options.poll);
     let (tell, said) = mpsc::channel();
-    let machine = Machine::new(config(&options, tell.clone()), vec![disk], pool).unwrap();
+    let machine = Machine::new(config(&options, (tell.clone(), Arc::default())), vec![disk], pool).unwrap();
     let machine = Arc::new(machine);
     let runner = thread::spawn({
         let machine = machine.clone();

@@ -15,15 +15,18 @@ use crate::kernel::Kernel;
 use crate::{compile, needs};
 
 const INIT: &str = include_str!("guest/init");
-const JOBS: [(&str, &str); 9] = [
+const JOBS: [(&str, &str); 12] = [
+    ("button", include_str!("guest/jobs/button")),
     ("endless", include_str!("guest/jobs/endless")),
     ("entropy", include_str!("guest/jobs/entropy")),
     ("filesystem", include_str!("guest/jobs/filesystem")),
     ("migration", include_str!("guest/jobs/migration")),
     ("multiqueue", include_str!("guest/jobs/multiqueue")),
     ("nested", include_str!("guest/jobs/nested")),
+    ("panic", include_str!("guest/jobs/panic")),
     ("probe", include_str!("guest/jobs/probe")),
     ("readonly", include_str!("guest/jobs/readonly")),
+    ("reset", include_str!("guest/jobs/reset")),
     ("restart", include_str!("guest/jobs/restart")),
 ];
 

@@ -17,6 +17,11 @@ pub(crate) fn pc() -> Result<Kernel, String> {
     pc_with(&["virtio_pci", "virtio_blk", "virtio_rng"])
 }
 
+/// The same kernel with the modules that hear a power button and tell of panics.
+pub(crate) fn pc_of_monitor() -> Result<Kernel, String> {
+    pc_with(&["virtio_pci", "virtio_blk", "button", "pvpanic-mmio"])
+}
+
 /// The same kernel with the modules that let it run guests of its own, on the AMD processor that QEMU emulates.
 pub(crate) fn host() -> Result<Kernel, String> {
     pc_with(&["kvm_amd"])

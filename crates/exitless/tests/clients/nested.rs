@@ -31,7 +31,7 @@ fn linux_makes_a_file_system_on_a_disk_of_the_monitor() {
     let programs = PROGRAMS.map(Need::Program);
     let others = [Need::Program("qemu-system-x86_64"), Need::PcKernel, Need::HostKernel];
     let Some(_turn) = needs::turn(&programs.into_iter().chain(others).collect::<Vec<_>>()) else { return };
-    let inner = kernel::pc().expect("PcKernel is among the needs of this test");
+    let inner = kernel::pc_of_monitor().expect("PcKernel is among the needs of this test");
     let outer = kernel::host().expect("HostKernel is among the needs of this test");
     let inner_initrd = initramfs::build("pc-nested", &inner, &PROGRAMS);
     let files: [(&str, &Path); 3] =
@@ -48,6 +48,14 @@ fn linux_makes_a_file_system_on_a_disk_of_the_monitor() {
     assert_eq!(results.ok("inner-monitor-exit-code"), "0");
     let counted = results.lines_after("MONITOR ");
     assert!(counted.iter().any(|line| line.starts_with("power off")), "{counted:?}");
+    // The power button, a panic, and a reset by the BIOS: how the monitor ended, and what it said.
+    for (job, code, end) in
+        [("button", "0", "power off after"), ("panic", "1", "panic after"), ("reset", "0", "reset after")]
+    {
+        assert_eq!(results.ok(&format!("{job}-exit-code")), code);
+        assert_eq!(results.ok(&format!("{job}-end")), end);
+    }
+    assert_eq!(results.ok("inner-button"), "1");
     let passed = SystemTime::now().duration_since(UNIX_EPOCH).expect("it is after 1970").as_secs();
     fs::write(marker(), passed.to_string()).expect("leave a mark");
 }

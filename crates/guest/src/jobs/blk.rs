@@ -47,7 +47,8 @@ struct Outcome {
     kicks: u64,
     interrupts: u64,
     lost_interrupts: u64,
-    errors: u64,
+    returned: u64,
+    failed: u64,
     verified_bytes: u64,
     ticks: u64,
 }
@@ -77,7 +78,8 @@ pub(super) fn load(machine: &Machine, disk: &Disk, options: &Options, job: &str)
         sum.kicks += outcome.kicks;
         sum.interrupts += outcome.interrupts;
         sum.lost_interrupts += outcome.lost_interrupts;
-        sum.errors += outcome.errors;
+        sum.returned += outcome.returned;
+        sum.failed += outcome.failed;
         sum.verified_bytes += outcome.verified_bytes;
         sum.ticks = sum.ticks.max(outcome.ticks);
     }
@@ -93,7 +95,8 @@ pub(super) fn load(machine: &Machine, disk: &Disk, options: &Options, job: &str)
         kicks: sum.kicks,
         interrupts: sum.interrupts,
         lost_interrupts: sum.lost_interrupts,
-        errors: sum.errors,
+        returned: sum.returned,
+        failed: sum.failed,
         verified_bytes: sum.verified_bytes,
     });
     Ok(())
@@ -133,13 +136,15 @@ impl Round<'_> {
         let warm_up_ms = (self.options.ms / 10).min(WARM_UP_MS_MAX);
         self.start(job, warm_up_ms, None);
         if state.is_ok() {
-            state = load.run(self.end.load(Ordering::Acquire), &self.pulse).map_err(named);
+            state = load.run(self.end.load(Ordering::Acquire), &self.pulse).map(drop).map_err(named);
         }
-        load.clear();
+        load.latency.clear();
         let before = counts(load.queue);
         self.start(job, self.options.ms, Some(Mark::Begin));
         if state.is_ok() {
-            state = load.run(self.end.load(Ordering::Acquire), &self.pulse).map_err(named);
+            let began = ticks();
+            let ended = load.run(self.end.load(Ordering::Acquire), &self.pulse).map_err(named);
+            state = ended.map(|ended| outcome.ticks = ended.saturating_sub(began));
         }
         self.start(job, 0, Some(Mark::End));
 
@@ -147,8 +152,8 @@ impl Round<'_> {
         outcome.kicks = after.0 - before.0;
         outcome.interrupts = after.1 - before.1;
         outcome.lost_interrupts = load.queue.lost_interrupts();
-        outcome.errors = load.errors;
-        outcome.ticks = self.machine.clock.ticks_of_ms(self.options.ms);
+        outcome.returned = load.returned;
+        outcome.failed = load.failed;
         outcome.latency = load.latency;
         state.map(|()| outcome)
     }

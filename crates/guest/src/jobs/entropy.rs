@@ -8,10 +8,10 @@ use crate::histogram::Histogram;
 use crate::machine::Machine;
 use crate::machine::clock::Clock;
 use crate::machine::console::{self, Mark, mark};
-use crate::machine::service::ticks;
+use crate::machine::service::{self, ticks};
 use crate::options::Options;
 use crate::pci::Function;
-use crate::report::Object;
+use crate::report::{Object, cut_short};
 
 /// Runs the job on all of `devices` and prints a result for each.
 ///
@@ -38,7 +38,7 @@ pub(super) fn one(
     let start = ticks();
     let end = clock.deadline_ms(options.ms);
     let mut now = start;
-    while now < end {
+    while now < end && !service::asked_to_end() {
         bytes += u64::from(source.fill()?);
         let done = ticks();
         latency.record(done - now);
@@ -73,6 +73,7 @@ impl Display for Report<'_> {
         object.decimal("bytes_per_s", self.bytes as f64 / seconds)?;
         object.decimal("p50_us", us(500))?.decimal("p99_us", us(990))?.decimal("p999_us", us(999))?;
         object.number("kicks", self.kicks)?.number("interrupts", 0)?;
+        cut_short(&mut object)?;
         object.end()
     }
 }

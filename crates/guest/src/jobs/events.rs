@@ -10,12 +10,12 @@ use crate::machine::clock::Clock;
 use crate::machine::console::{self, Mark, mark};
 use crate::machine::interrupts::Listening;
 use crate::machine::patience::Patience;
-use crate::machine::service::ticks;
+use crate::machine::service::{self, ticks};
 use crate::machine::{Machine, MachineError};
 use crate::options::{Options, SECTOR_BYTES};
 use crate::pattern::Random;
 use crate::pci::Function;
-use crate::report::Object;
+use crate::report::{Object, cut_short};
 
 /// Rounds of a kind before they are counted.
 const WARM_UP: u64 = 16;
@@ -51,7 +51,8 @@ struct Times {
     kick: Histogram,
     /// From before the kick until the interrupt was seen.
     trip: Histogram,
-    errors: u64,
+    returned: u64,
+    failed: u64,
 }
 
 struct Trips<'a> {
@@ -66,7 +67,7 @@ impl Trips<'_> {
         let mut times = Times::default();
         let sectors = u64::from(self.queue.block_bytes() / SECTOR_BYTES);
         let mut round = 0;
-        while ticks() < end || round <= WARM_UP {
+        while !service::asked_to_end() && (ticks() < end || round <= WARM_UP) {
             self.queue.arm_calls();
             let seen = self.queue.interrupt().map_or(0, |interrupt| interrupt.count());
             let sector = self.random.below(self.blocks) * sectors;
@@ -78,10 +79,11 @@ impl Trips<'_> {
             let done = ticks();
             let fine = self.reap()?;
             round += 1;
-            if round > WARM_UP && announced {
+            times.returned += 1;
+            times.failed += u64::from(!fine);
+            if round > WARM_UP && announced && fine {
                 times.kick.record(kicked - before);
                 times.trip.record(done - before);
-                times.errors += u64::from(!fine);
             }
         }
         Ok(times)
@@ -143,7 +145,9 @@ impl Display for Report<'_> {
             object.decimal(names[3], us(&times.kick, 500))?;
         }
         object.number("lost_interrupts", self.lost)?;
-        object.number("errors", self.asleep.errors + self.awake.errors)?;
+        object.number("returned", self.asleep.returned + self.awake.returned)?;
+        object.number("errors", self.asleep.failed + self.awake.failed)?;
+        cut_short(&mut object)?;
         object.end()
     }
 }

@@ -8,7 +8,7 @@ use crate::disk::{DiskError, DiskQueue, Operation};
 use crate::histogram::Histogram;
 use crate::machine::clock::Clock;
 use crate::machine::patience::Patience;
-use crate::machine::service::ticks;
+use crate::machine::service::{self, ticks};
 use crate::options::{Options, SECTOR_BYTES};
 use crate::pattern::Random;
 
@@ -52,10 +52,12 @@ pub(super) struct Load<'a> {
     target: Target,
     free: Vec<u16>,
     submitted: Box<[u64]>,
-    /// Of requests that came back in time, from submission to the burst they came back in.
+    /// Of requests that were done in time, from submission to the burst they came back in.
     pub(super) latency: Histogram,
-    /// Requests that failed.
-    pub(super) errors: u64,
+    /// Requests that came back since the load was made, in time or not.
+    pub(super) returned: u64,
+    /// Of those, requests that failed.
+    pub(super) failed: u64,
 }
 
 impl<'a> Load<'a> {
@@ -69,27 +71,25 @@ impl<'a> Load<'a> {
             free: (0..depth).rev().collect(),
             submitted: (0..depth).map(|_| 0).collect(),
             latency: Histogram::default(),
-            errors: 0,
+            returned: 0,
+            failed: 0,
         }
     }
 
-    /// Forgets what was counted.
-    pub(super) fn clear(&mut self) {
-        self.latency.clear();
-        self.errors = 0;
-    }
-
-    /// Keeps all requests in flight until tick `end`, then waits for the last of them, with a `pulse` for those who
-    /// wait for this job.
-    pub(super) fn run(&mut self, end: u64, pulse: &AtomicU64) -> Result<(), DiskError> {
+    /// Keeps all requests in flight until tick `end`, or until the machine is asked to end, then waits for the last of
+    /// them, with a `pulse` for those who wait for this job. Returns when it ended.
+    pub(super) fn run(&mut self, mut end: u64, pulse: &AtomicU64) -> Result<u64, DiskError> {
         let sectors = u64::from(self.queue.block_bytes() / SECTOR_BYTES);
         let mut patience = Patience::with_device(self.clock);
         let mut now = ticks();
         loop {
+            if service::asked_to_end() {
+                end = end.min(now);
+            }
             if now < end {
                 self.submit(sectors, now);
             } else if self.free.len() == self.submitted.len() {
-                return Ok(());
+                return Ok(end);
             } else {
                 pulse.fetch_add(1, Ordering::Relaxed);
             }
@@ -135,11 +135,13 @@ impl<'a> Load<'a> {
             return Ok(false);
         }
         let now = ticks();
+        self.returned += done.len() as u64;
         for &request in done {
-            if now <= end {
+            if !self.queue.is_fine(request) {
+                self.failed += 1;
+            } else if now <= end {
                 self.latency.record(now.saturating_sub(self.submitted[usize::from(request)]));
             }
-            self.errors += u64::from(!self.queue.is_fine(request));
         }
         Ok(true)
     }

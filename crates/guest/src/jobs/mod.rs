@@ -56,6 +56,9 @@ pub enum JobError {
     /// Not mapped.
     #[error(transparent)]
     Memory(#[from] MemoryError),
+    /// It was told to end.
+    #[error("it was told to end before it had measured anything")]
+    CutShort,
     /// A processor ended without saying how.
     #[error("processor {0} left no result")]
     NoOutcome(usize),

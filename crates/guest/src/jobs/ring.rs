@@ -20,7 +20,7 @@ use crate::machine::smp::SmpError;
 use crate::machine::sync::Spin;
 use crate::machine::{self, Machine, heap};
 use crate::options::Options;
-use crate::report::Object;
+use crate::report::{Object, cut_short};
 
 const ROUNDS_ALONE: u64 = 1_000;
 /// The port of POST codes, which nothing depends on.
@@ -72,7 +72,7 @@ fn ping_pong(machine: &Machine, ms: u64) -> Result<Histogram, JobError> {
         let end = machine.clock.deadline_ms(ms);
         let mut ball = 0;
         let mut now = ticks();
-        while now < end {
+        while now < end && !service::asked_to_end() {
             ball += 2;
             word.store(ball, Ordering::Release);
             meet(patience.spin_until(|| word.load(Ordering::Acquire) == ball + 1));
@@ -144,7 +144,7 @@ fn drive(
     let buffer = Buffer { addr: heap::take(64, 64), len: 64, writable: true };
     ring.disarm_calls();
     let mut now = ticks();
-    while now < end {
+    while now < end && !service::asked_to_end() {
         ring.add(&[buffer]);
         ring.publish();
         ring.needs_kick();
@@ -224,6 +224,7 @@ impl Display for Report<'_> {
             object.decimal(names[1], self.clock.us(trips.quantile(500)))?;
             object.decimal(names[2], self.clock.us(trips.quantile(990)))?;
         }
+        cut_short(&mut object)?;
         object.end()
     }
 }

@@ -3,7 +3,7 @@
 use virtio::RingFormat;
 
 use super::{JobError, blk, entropy};
-use crate::machine::Machine;
+use crate::machine::{Machine, service};
 use crate::options::Options;
 use crate::pci::Function;
 
@@ -32,6 +32,9 @@ pub fn run(
                     jobs: options.jobs.min(disk.queues()),
                     ..options.clone()
                 };
+                if service::asked_to_end() {
+                    return Ok(());
+                }
                 blk::load(machine, &disk, &options, "tour")?;
             }
         }
@@ -39,6 +42,7 @@ pub fn run(
     let options = Options { ms: options.ms.min(MS), ..options.clone() };
     sources
         .iter()
+        .take_while(|_| !service::asked_to_end())
         .try_for_each(|&source| entropy::one(machine, source, &options, "tour"))
         .map_err(JobError::Entropy)
 }

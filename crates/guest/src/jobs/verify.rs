@@ -9,7 +9,7 @@ use super::JobError;
 use crate::disk::{DiskError, DiskQueue, Operation};
 use crate::machine::clock::Clock;
 use crate::machine::patience::Patience;
-use crate::machine::service::ticks;
+use crate::machine::service::{self, ticks};
 use crate::options::{Options, SECTOR_BYTES};
 use crate::pattern::{fill, scattered};
 
@@ -54,6 +54,9 @@ impl Verify<'_> {
         let mut next = blocks.next();
         let mut patience = Patience::with_device(self.clock);
         while next.is_some() || free.len() < depth.into() {
+            if service::asked_to_end() {
+                return Err(JobError::CutShort);
+            }
             let mut any = false;
             while let (Some(block), Some(&request)) = (next, free.last()) {
                 let (sector, pieces) = (block * sectors, self.pieces(block));

@@ -42,7 +42,9 @@ unsafe impl GlobalAlloc for Heap {
 /// Zeroed memory for devices to read and write, which no Rust value is in. The machine ends where there is none left.
 #[must_use]
 pub fn take(bytes: usize, align: usize) -> GuestAddr {
-    let Some(at) = place(bytes, align) else { panic!("no memory left for {bytes} bytes") };
+    let Some(at) = place(bytes, align) else {
+        panic!("no memory left for {bytes} bytes: the machine needs more (`--mem`)")
+    };
     // SAFETY: the range was given out just now, to this call only.
     unsafe { write_bytes(with_exposed_provenance_mut::<u8>(at), 0, bytes) };
     GuestAddr(at as u64)

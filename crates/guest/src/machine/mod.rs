@@ -113,6 +113,7 @@ impl Machine {
             service::out8(port, 0xFF);
         }
         LocalApic::new()?.enable();
+        service::offer_end();
 
         let tables = Tables::new(&memory)?;
         let info = StartInfo::new(&tables, start_info).ok_or(MachineError::StartInfo(start_info))?;

@@ -18,7 +18,8 @@ use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
 
 use crate::layout;
-use crate::legacy::{CMOS_CENTURY, SLEEP_TYPE_OFF};
+use crate::legacy::CMOS_CENTURY;
+use crate::pm1::SLEEP_TYPE_OFF;
 
 const OEM: [u8; 6] = *b"EXITLS";
 const OEM_TABLE: [u8; 8] = *b"EXITLESS";
@@ -57,8 +58,8 @@ fn append(bytes: &mut Vec<u8>, table: &dyn Aml) -> u64 {
     at
 }
 
-/// Fixed hardware (section 5.2.9, where the offsets are from): a PM1 register group that can switch off, the reset
-/// register, what else of a PC there is.
+/// Fixed hardware (section 5.2.9, where the offsets are from): a PM1 register group with a power button, which can
+/// switch off, the reset register, what else of a PC there is.
 fn fadt(facs: u64, dsdt: u64) -> Sdt {
     const BYTES: u32 = 276;
     const MINOR_VERSION: u8 = 5;
@@ -67,8 +68,8 @@ fn fadt(facs: u64, dsdt: u64) -> Sdt {
     /// Longer than states C2 and C3 may take to leave: there are none.
     const NEVER_US: u16 = 0xFFF;
     const RESET: u8 = 6;
-    let flags =
-        [Flags::Wbinvd, Flags::ProcC1, Flags::PwrButton, Flags::SlpButton, Flags::FixRtc, Flags::ResetRegSup];
+    // Without `PwrButton`, which would say that the power button is not in the PM1 registers.
+    let flags = [Flags::Wbinvd, Flags::ProcC1, Flags::SlpButton, Flags::FixRtc, Flags::ResetRegSup];
     let mut table = Sdt::new(*b"FACP", BYTES, 6, OEM, OEM_TABLE, OEM_REVISION);
     table.write_u32(36, facs as u32);
     table.write_u32(40, dsdt as u32);
@@ -116,7 +117,7 @@ fn level_high(irq: u16) -> [u8; 10] {
     [2, 10, 0, irq as u8, irq as u8, 0, 0, 0, LEVEL_HIGH, 0]
 }
 
-/// What is not fixed: PCI, the serial port, and how to switch off.
+/// What is not fixed: PCI, the serial port, the panic device, and how to switch off.
 fn dsdt() -> Sdt {
     const HEADER_BYTES: u32 = 36;
     let mut body = Vec::new();
@@ -124,6 +125,7 @@ fn dsdt() -> Sdt {
     Name::new("_S5_".into(), &Package::new(vec![&off, &off, &ZERO, &ZERO])).to_aml_bytes(&mut body);
     pci(&mut body);
     serial(&mut body);
+    panic(&mut body);
     let mut table = Sdt::new(*b"DSDT", HEADER_BYTES, 2, OEM, OEM_TABLE, OEM_REVISION);
     table.append_slice(&body);
     table
@@ -160,14 +162,29 @@ fn serial(body: &mut Vec<u8>) {
     device(body, "COM1", "PNP0501", &[&crs(&[&IO::new(port, port, 0, length), &line])]);
 }
 
+/// The panic device of QEMU's machines, by the name that drivers know it by.
+fn panic(body: &mut Vec<u8>) {
+    /// Present, enabled, shown, and working (section 6.3.7).
+    const STATUS: u8 = 0xF;
+    let port = layout::PANIC.start as u16;
+    let status = Name::new("_STA".into(), &STATUS);
+    let resources = crs(&[&IO::new(port, port, 1, 1)]);
+    named(body, "PEVT", &"QEMU0001", &[&status, &resources]);
+}
+
 /// A device's resources.
 fn crs(resources: &[&dyn Aml]) -> Name {
     Name::new("_CRS".into(), &ResourceTemplate::new(resources.to_vec()))
 }
 
-/// A device on the system bus, the only one of its kind.
+/// A device on the system bus, the only one of its kind, with an EISA ID.
 fn device(body: &mut Vec<u8>, name: &str, id: &str, more: &[&dyn Aml]) {
-    let (hid, uid) = (Name::new("_HID".into(), &EISAName::new(id)), Name::new("_UID".into(), &ZERO));
+    named(body, name, &EISAName::new(id), more);
+}
+
+/// The same with an ID of any kind.
+fn named(body: &mut Vec<u8>, name: &str, id: &dyn Aml, more: &[&dyn Aml]) {
+    let (hid, uid) = (Name::new("_HID".into(), id), Name::new("_UID".into(), &ZERO));
     let children = [&hid as &dyn Aml, &uid].into_iter().chain(more.iter().copied()).collect();
     Scope::new("_SB_".into(), vec![&Device::new(Path::new(name), children)]).to_aml_bytes(body);
 }
@@ -204,6 +221,21 @@ mod tests {
         assert_eq!(found.iter().map(|table| &table[..4]).collect::<Vec<_>>(), [b"FACP", b"APIC", b"MCFG"]);
         assert_eq!(&table(&bytes, u32_at(found[0], 40))[..4], b"DSDT");
         assert_eq!(u32_at(found[2], 44), layout::ECAM.start as usize);
+    }
+
+    #[test]
+    fn the_power_button_is_fixed_hardware_and_the_panic_device_has_its_port() {
+        let bytes = tables(1);
+        let xsdt = table(&bytes, u32_at(&bytes, 24));
+        let fadt = table(&bytes, u32_at(xsdt, 36));
+        let control_method_button = Flags::PwrButton as usize;
+        assert_eq!(u32_at(fadt, 112) & control_method_button, 0);
+        let dsdt = table(&bytes, u32_at(fadt, 40));
+        let at = dsdt.windows(8).position(|name| name == b"QEMU0001").unwrap();
+        // An I/O port descriptor (section 6.4.2.5), and the end tag of the resources.
+        let port = [0x47, 1, 5, 5, 5, 5, 1, 1, 0x79];
+        assert!(dsdt[at..].windows(port.len()).any(|bytes| bytes == port));
+        assert!(dsdt[at..].windows(4).any(|name| name == b"_STA"));
     }
 
     #[test]

@@ -1,11 +1,11 @@
 //! Linux' own image, bzImage (Documentation/arch/x86/boot.rst, "64-bit boot protocol").
 
-use std::io::{Read, Seek};
+use std::io::{Read, Seek, SeekFrom};
 
 use linux_loader::configurator::linux::LinuxBootConfigurator;
 use linux_loader::configurator::{BootConfigurator, BootParams};
 use linux_loader::loader::KernelLoader;
-use linux_loader::loader::bootparam::{boot_e820_entry, boot_params};
+use linux_loader::loader::bootparam::{boot_e820_entry, boot_params, setup_header};
 use linux_loader::loader::bzimage::BzImage;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap, ReadVolatile};
 
@@ -42,6 +42,11 @@ pub(super) fn load<F: Read + ReadVolatile + Seek>(
     if header.version < VERSION_MIN || header.xloadflags & HAS_64_BIT_ENTRY == 0 {
         return Err(failed("it has no 64-bit entry (it must be Linux 3.8 or later, for x86-64)".to_owned()));
     }
+    let has = image.seek(SeekFrom::End(0)).map_err(|error| failed(error.to_string()))?;
+    let needs = image_bytes(&header);
+    if has < needs {
+        return Err(failed(format!("it has been cut short: of {needs} bytes, there are {has}")));
+    }
     // The kernel unpacks itself upwards from where it was loaded, and says how much room that takes.
     let kernel_end =
         kernel.kernel_load.0 + u64::from(header.init_size).max(kernel.kernel_end - kernel.kernel_load.0);
@@ -69,6 +74,20 @@ pub(super) fn load<F: Read + ReadVolatile + Seek>(
         .write_slice(&tables, GuestAddress(layout::PAGE_TABLES))
         .map_err(|error| failed(format!("its page tables cannot be written ({error})")))?;
     Ok(Loaded { entry: Entry::Linux { at: kernel.kernel_load.0 + ENTRY_OFFSET } })
+}
+
+/// How long an image with this header is, at least: a signature may follow.
+fn image_bytes(header: &setup_header) -> u64 {
+    const SECTOR_BYTES: u64 = 512;
+    const PARAGRAPH_BYTES: u64 = 16;
+    /// What 0 means, for the sake of ancient kernels.
+    const SETUP_SECTORS_DEFAULT: u64 = 4;
+    let setup = match header.setup_sects {
+        0 => SETUP_SECTORS_DEFAULT,
+        sectors => sectors.into(),
+    };
+    // The setup code comes after the boot sector, the kernel after that.
+    (1 + setup) * SECTOR_BYTES + u64::from(header.syssize) * PARAGRAPH_BYTES
 }
 
 /// Tables that map the lowest 4 GiB to themselves, in pages of 2 MiB: not every host has larger ones.

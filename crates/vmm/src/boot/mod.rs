@@ -19,6 +19,13 @@ use crate::layout;
 use crate::memory::Ram;
 use crate::vcpu::Entry;
 
+/// All there is of a BIOS: code that resets the machine by the keyboard controller. It is the same in 16 and in 32 bits.
+const RESET: [u8; 7] = [
+    0xB0, 0xFE, // mov al, 0xFE
+    0xE6, 0x64, // out 0x64, al
+    0xF4, 0xEB, 0xFD, // hlt; jmp to hlt
+];
+
 /// A kernel.
 #[derive(Clone, Debug)]
 pub enum Kernel {
@@ -58,6 +65,7 @@ pub(crate) fn load(boot: &Boot<'_>, ram: &Ram) -> Result<Entry, Error> {
     write("write the GDT", crate::vcpu::GDT.map(u64::to_le_bytes).as_flattened(), layout::GDT)?;
     let tables = acpi::tables(boot.cpus);
     write("write the ACPI tables", &tables, layout::ACPI.start)?;
+    write("write the reset vector", &RESET, layout::RESET_VECTOR)?;
 
     let loaded = match boot.kernel {
         Kernel::Embedded(image) => kernel(boot, ram, &memory, &mut Cursor::new(*image), "the embedded guest"),

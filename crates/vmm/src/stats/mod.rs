@@ -2,7 +2,8 @@
 //!
 //! Exits are counted twice: by the kernel, all of them and by reason ([`VcpuSnapshot::kvm`]), and here, those that came
 //! to user space ([`UserExits`]). Time is measured around `KVM_RUN`: what passes outside of it is exit handling of ours.
-//! What the kernel spends on exits within can only be sampled, which the host's clock tick does.
+//! How much of a thread's processor time the guest had can only be sampled, which the host's clock tick does; the rest is
+//! exit-handling time, with a bound on the error ([`Snapshot::eht_percent`]).
 //!
 //! Counters only grow. What happened between two moments is the difference of two snapshots.
 
@@ -102,9 +103,11 @@ pub struct VcpuSnapshot {
     pub inside_ns: u64,
     /// Time between two runs, in ns: handling of exits in user space.
     pub outside_ns: u64,
-    /// Processor time of the thread in the guest, in ns, as sampled by the host's clock tick.
+    /// Processor time of the thread, in ns: the scheduler's sum.
+    pub run_ns: u64,
+    /// Of that, time in the guest, in ns, as sampled by the host's clock tick.
     pub guest_ns: u64,
-    /// Processor time of the thread in the host, user space and kernel, in ns, sampled likewise.
+    /// What was left for the host, user space and kernel, in ns.
     pub host_ns: u64,
 }
 
@@ -115,6 +118,7 @@ impl VcpuSnapshot {
             kvm: kvm.unwrap_or_default(),
             inside_ns: counters.inside_ns.get(),
             outside_ns: counters.outside_ns.get(),
+            run_ns: sampled.run_ns,
             guest_ns: sampled.guest_ns,
             host_ns: sampled.host_ns,
         }
@@ -136,6 +140,7 @@ impl Sub<&Self> for VcpuSnapshot {
             user_exits: self.user_exits - earlier.user_exits,
             inside_ns: self.inside_ns.saturating_sub(earlier.inside_ns),
             outside_ns: self.outside_ns.saturating_sub(earlier.outside_ns),
+            run_ns: self.run_ns.saturating_sub(earlier.run_ns),
             guest_ns: self.guest_ns.saturating_sub(earlier.guest_ns),
             host_ns: self.host_ns.saturating_sub(earlier.host_ns),
             kvm: self

@@ -6,7 +6,7 @@ use std::ops::Sub;
 use reactor::{ThreadReport, Ticks};
 use virtio::QueueCounters;
 
-use super::VcpuSnapshot;
+use super::{VcpuSnapshot, sampled};
 use crate::doorbell::DoorbellCounters;
 
 /// A queue of a device.
@@ -110,18 +110,21 @@ impl Snapshot {
         self.queues.iter().map(|queue| queue.counters.calls).sum()
     }
 
-    /// Exit-handling time as a percentage of the processor time that the virtual CPUs' threads used: what was spent in
-    /// the host, by the host's clock tick. None before the first tick.
+    /// Exit-handling time as a percentage of the processor time that the virtual CPUs' threads used: what the scheduler
+    /// gave them, without what the guest had of it. None below 100 samples, a second of processor time.
     ///
-    /// Where the tick has seen no time in the host, it is the time outside of `KVM_RUN`, which is measured exactly, as a
-    /// percentage of all.
+    /// What the guest had is sampled: see [`Snapshot::eht_error_percent`].
     #[must_use]
     pub fn eht_percent(&self) -> Option<f64> {
-        let sum = |value: fn(&VcpuSnapshot) -> u64| self.vcpus.iter().map(value).sum::<u64>() as f64;
-        let (guest, host) = (sum(|vcpu| vcpu.guest_ns), sum(|vcpu| vcpu.host_ns));
-        let (inside, outside) = (sum(|vcpu| vcpu.inside_ns), sum(|vcpu| vcpu.outside_ns));
-        let percent = |part: f64, all: f64| (all > 0.0).then(|| part * 100.0 / all);
-        if host > 0.0 { percent(host, guest + host) } else { percent(outside, inside + outside) }
+        let sum = |value: fn(&VcpuSnapshot) -> u64| self.vcpus.iter().map(value).sum::<u64>();
+        sampled::host_percent(sum(|vcpu| vcpu.run_ns), sum(|vcpu| vcpu.guest_ns))
+    }
+
+    /// By how many percentage points [`Snapshot::eht_percent`] may be wrong, either way, in 19 of 20 cases: 100 by the
+    /// square root of the number of samples, at least 100 of which come in a second of processor time.
+    #[must_use]
+    pub fn eht_error_percent(&self) -> Option<f64> {
+        sampled::error_percent(self.vcpus.iter().map(|vcpu| vcpu.run_ns).sum())
     }
 }
 
@@ -168,6 +171,7 @@ fn queue_since(now: &QueueSnapshot, before: &QueueSnapshot) -> QueueSnapshot {
             kicks: since(now.doorbell.kicks, before.doorbell.kicks),
             maps: since(now.doorbell.maps, before.doorbell.maps),
             rung_while_mapped: since(now.doorbell.rung_while_mapped, before.doorbell.rung_while_mapped),
+            faults: since(now.doorbell.faults, before.doorbell.faults),
         },
     }
 }
@@ -198,6 +202,8 @@ mod tests {
             kvm: [("exits".into(), exits)].into(),
             outside_ns,
             inside_ns: 100 * outside_ns,
+            run_ns: 1_000_000_000 * outside_ns,
+            guest_ns: 900_000_000 * outside_ns,
             ..VcpuSnapshot::default()
         };
         let before = Snapshot {
@@ -215,11 +221,16 @@ mod tests {
         let between = after - &before;
         assert_eq!((between.at_ns, between.exits(), between.requests()), (20, 4, 6));
         assert_eq!(between.kvm(), [("exits".to_owned(), 4)].into());
-        assert!((between.eht_percent().unwrap() - 300.0 / 303.0).abs() < 1e-9);
+        assert_eq!(between.eht_percent(), Some(10.0));
+        assert!((between.eht_error_percent().unwrap() - 100.0 / f64::sqrt(300.0)).abs() < 1e-9);
     }
 
     #[test]
     fn what_was_not_counted_has_no_percentage() {
         assert_eq!(Snapshot::default().eht_percent(), None);
+        // Time outside of `KVM_RUN` is something else, and never stands in.
+        let vcpu = VcpuSnapshot { outside_ns: 1 << 40, inside_ns: 1 << 40, ..VcpuSnapshot::default() };
+        let snapshot = Snapshot { vcpus: vec![vcpu], ..Snapshot::default() };
+        assert_eq!((snapshot.eht_percent(), snapshot.eht_error_percent()), (None, None));
     }
 }

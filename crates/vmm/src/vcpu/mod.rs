@@ -34,8 +34,9 @@ struct Shared {
     counters: VcpuCounters,
     kvm: Option<Binary>,
     kicker: Kicker,
-    /// The thread; 0 before it runs.
+    /// The thread; 0 while there is none.
     tid: AtomicI32,
+    cpu_time: sampled::Kept,
 }
 
 /// A virtual CPU that does not run yet.
@@ -76,6 +77,7 @@ impl Vcpu {
             kvm,
             kicker: Kicker::default(),
             tid: AtomicI32::new(0),
+            cpu_time: sampled::Kept::default(),
         });
         Ok(Self { fd, shared, pin })
     }
@@ -91,7 +93,7 @@ impl Vcpu {
         let thread = std::thread::Builder::new().name(format!("vcpu-{}", shared.index)).spawn({
             let (shared, power) = (shared.clone(), power.clone());
             move || {
-                let _ending = Ending(&power);
+                let _ending = Ending(&power, &shared);
                 begin(&shared, fd, pin).and_then(|cpu| run(&shared, cpu, &buses, &power))
             }
         });
@@ -106,10 +108,13 @@ impl Vcpu {
 }
 
 /// Whatever keeps a virtual CPU from going on, a panic too, ends the machine: the others would wait for it.
-struct Ending<'a>(&'a Power);
+struct Ending<'a>(&'a Power, &'a Shared);
 
 impl Drop for Ending<'_> {
     fn drop(&mut self) {
+        // The last reading: the thread takes its files with it.
+        self.1.read_cpu_time();
+        self.1.tid.store(0, Ordering::Relaxed);
         self.0.end(Outcome::Stopped);
         self.0.retire();
     }
@@ -117,9 +122,23 @@ impl Drop for Ending<'_> {
 
 impl Meter {
     pub(crate) fn read(&self) -> VcpuSnapshot {
-        let tid = self.0.tid.load(Ordering::Relaxed);
-        let sampled = if tid == 0 { sampled::CpuTime::default() } else { sampled::cpu_time(tid) };
+        let sampled = self.0.read_cpu_time();
         VcpuSnapshot::read(&self.0.counters, self.0.kvm.as_ref().and_then(Binary::read), sampled)
+    }
+
+    /// Page faults of the guest's so far that KVM handled; 0 where it does not say.
+    pub(crate) fn page_faults(&self) -> u64 {
+        let values = self.0.kvm.as_ref().and_then(Binary::read);
+        values.and_then(|values| values.get("pf_taken").copied()).unwrap_or(0)
+    }
+}
+
+impl Shared {
+    fn read_cpu_time(&self) -> sampled::CpuTime {
+        match self.tid.load(Ordering::Relaxed) {
+            0 => self.cpu_time.get(),
+            tid => self.cpu_time.read(tid),
+        }
     }
 }
 
@@ -185,10 +204,9 @@ fn run(shared: &Shared, mut cpu: Kickable<'_>, buses: &Buses, power: &Power) -> 
                 buses.mmio.read(address, data);
             }
             Ok(VcpuExit::Intr) => counters.signals.add(1),
-            // A triple fault.
             Ok(VcpuExit::Shutdown) => {
                 counters.others.add(1);
-                power.end(Outcome::Reset);
+                power.end(Outcome::TripleFault);
             }
             Ok(exit) => {
                 let reason = format!("it left the guest for a reason that nobody handles ({exit:?})");

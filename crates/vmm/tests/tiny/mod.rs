@@ -87,6 +87,13 @@ impl Program {
         }
     }
 
+    /// Waits until one of `bits` is set in 16 bits of a port.
+    pub(crate) fn wait_for_port(self, port: u16, bits: u16) -> Self {
+        let ([a, b], [low, high]) = (bits.to_le_bytes(), port.to_le_bytes());
+        self.bytes(&[0x66, 0xBA, low, high, 0x66, 0xED]) // next: mov dx, port; in ax, dx
+            .bytes(&[0x66, 0xA9, a, b, 0x74, 0xF4]) // test ax, bits; jz next
+    }
+
     /// Reads a byte from a port and prints it.
     pub(crate) fn print_port(self, port: u16) -> Self {
         let [low, high] = port.to_le_bytes();

@@ -11,6 +11,9 @@ fn snapshot() -> Snapshot {
         kvm: [("exits".into(), 7), ("io_exits".into(), 5), ("halt_exits".into(), 0)].into(),
         inside_ns: 3_000_000_000,
         outside_ns: 1_000_000_000,
+        run_ns: 500_000_000,
+        guest_ns: 250_000_000,
+        host_ns: 250_000_000,
         ..VcpuSnapshot::default()
     };
     let queue = |queue| QueueSnapshot { device: "disk0".into(), queue, ..QueueSnapshot::default() };
@@ -39,7 +42,9 @@ fn a_machine_has_its_figures_in_base_units() {
         "exitless_vm_exits_total{vcpu=\"0\",reason=\"halt\"} 0",
         "exitless_vm_user_exits_total{vcpu=\"0\",reason=\"mmio_writes\"} 0",
         "exitless_vm_outside_seconds_total{vcpu=\"0\"} 1",
-        "exitless_vm_exit_handling_ratio 0.25",
+        "exitless_vm_cpu_seconds_total{vcpu=\"1\"} 0.5",
+        "exitless_vm_exit_handling_ratio 0.5",
+        "exitless_vm_exit_handling_ratio_error 0.1",
         "exitless_queue_requests_total{device=\"disk0\",queue=\"1\"} 0",
         "exitless_queue_kicks_total{device=\"disk0\",queue=\"0\"} 0",
         "exitless_io_thread_asleep_seconds_total{thread=\"io-2\",cpu=\"2\"} 0.25",
@@ -50,15 +55,15 @@ fn a_machine_has_its_figures_in_base_units() {
 }
 
 #[test]
-fn exit_handling_is_no_larger_because_the_guest_has_long_not_exited() {
-    let mut snapshot = snapshot();
-    for vcpu in &mut snapshot.vcpus {
-        vcpu.guest_ns = 99_000_000_000;
-    }
-    assert_eq!(exit_handling_ratio(&snapshot), Some(0.01));
-    snapshot.vcpus[0].host_ns = 198_000_000_000;
-    assert_eq!(exit_handling_ratio(&snapshot), Some(0.5));
-    assert_eq!(exit_handling_ratio(&Snapshot::default()), None);
+fn exit_handling_is_told_from_a_second_of_processor_time_on() {
+    let page = |run_ns| {
+        let mut snapshot = snapshot();
+        snapshot.vcpus.iter_mut().for_each(|vcpu| vcpu.run_ns = run_ns);
+        of_machine(&snapshot)
+    };
+    let ratio = "\nexitless_vm_exit_handling_ratio ";
+    assert!(!page(400_000_000).contains(ratio));
+    assert!(page(500_000_000).contains(&format!("{ratio}0.5\n")));
 }
 
 #[test]

@@ -49,8 +49,13 @@ const DEVICE_TYPE_MAX: u32 = 0x3f;
 /// 1.x only (section 4.1.2.1).
 const REVISION: u8 = 1;
 const SUBSYSTEM: u16 = 0x1100;
-/// "Other system peripheral": what the device is for is its type's affair.
-const CLASS: u32 = 0x08_80_00;
+/// Class codes by device type, where firmware and installers go by them; the same as in other monitors.
+const CLASSES: [(u32, u32); 2] = [
+    (1, 0x02_00_00), // network: Ethernet controller
+    (2, 0x01_00_00), // block: mass storage, SCSI
+];
+/// "Other system peripheral", for all other types.
+const CLASS_OTHER: u32 = 0x08_80_00;
 
 const CAPABILITY_VENDOR: u8 = 0x09;
 const CAPABILITY_MSIX: u8 = 0x11;
@@ -89,6 +94,10 @@ impl Structure {
     }
 }
 
+fn class(device_type: u32) -> u32 {
+    CLASSES.iter().find(|(of, _)| *of == device_type).map_or(CLASS_OTHER, |(_, class)| *class)
+}
+
 impl Layout {
     /// Lays out a device.
     pub(crate) fn new(device: &dyn Device, msix: &Msix) -> Result<Self, AttachError> {
@@ -105,7 +114,7 @@ impl Layout {
             vendor: VENDOR,
             device: DEVICE_ID_BASE + device_type as u16,
             revision: REVISION,
-            class: CLASS,
+            class: class(device_type),
             subsystem_vendor: VENDOR,
             subsystem: SUBSYSTEM,
         });
@@ -175,4 +184,15 @@ fn add_shared_memory(
         space.add_bar(Bar { index: SHARED_BAR, size, is_64_bit: true, prefetchable: true })?;
     }
     Ok(placed)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn disks_and_networks_are_what_firmware_looks_for() {
+        assert_eq!((class(2), class(1)), (0x01_00_00, 0x02_00_00));
+        assert_eq!(class(4), CLASS_OTHER);
+    }
 }
