@@ -11,6 +11,8 @@ use std::fmt::Display;
 use std::fs::OpenOptions;
 use std::io::{self, Write};
 
+use kvm_ioctls::Kvm;
+
 /// What virtual machines need.
 const KVM: &str = "/dev/kvm";
 
@@ -31,11 +33,18 @@ pub fn skip(reason: impl Display) {
 /// Whether virtual machines can be run here. If not, the running test is recorded as skipped.
 #[must_use]
 pub fn kvm() -> bool {
-    let opened = OpenOptions::new().read(true).write(true).open(KVM);
-    if let Err(error) = &opened {
-        skip(format_args!("cannot open {KVM}: {error}"));
+    let made = machine();
+    if let Err(reason) = &made {
+        skip(reason);
     }
-    opened.is_ok()
+    made.is_ok()
+}
+
+/// Makes a machine with a processor, and forgets it: a device that can be opened need not work.
+fn machine() -> Result<(), String> {
+    let kvm = Kvm::new().map_err(|error| format!("cannot open {KVM}: {error}"))?;
+    let machine = kvm.create_vm().and_then(|vm| vm.create_irq_chip().and_then(|()| vm.create_vcpu(0)));
+    machine.map(drop).map_err(|error| format!("{KVM} makes no machine: {error}"))
 }
 
 fn append(path: &std::path::Path, line: &str) -> io::Result<()> {
@@ -57,6 +66,14 @@ mod tests {
     #[test]
     fn a_skipped_test_is_known_by_name() {
         assert!(super::test_name().contains("a_skipped_test_is_known_by_name"));
+    }
+
+    #[test]
+    fn a_machine_is_made_or_the_reason_names_the_device() {
+        match super::machine() {
+            Ok(()) => println!("{} makes machines", super::KVM),
+            Err(reason) => assert!(reason.contains(super::KVM), "{reason}"),
+        }
     }
 
     #[test]
