@@ -24,6 +24,16 @@ fn ring() {
 }
 
 #[test]
+fn record() {
+    replay("record", fuzz::record::run);
+}
+
+#[test]
+fn memory() {
+    replay("memory", fuzz::memory::run);
+}
+
+#[test]
 fn blk() {
     replay("blk", fuzz::blk::run);
 }

@@ -174,7 +174,7 @@ fn a_write_beyond_the_limit_of_file_sizes_fails_alone() {
         let features = VirtioFeatureFlags::VERSION_1.bits();
         let mut transport: Box<VirtioBlkTransport> =
             Box::new(VhostUser::new(&service.socket, features).unwrap());
-        let mut queues = VirtioBlkQueue::<usize>::setup_queues(&mut *transport, 1, 64).unwrap();
+        let mut queues = VirtioBlkQueue::<usize>::setup_queues(&mut *transport, 1, 128).unwrap();
         let (buffer, file) = Mapping::anonymous("buffer", REQUEST_BYTES as u64).unwrap();
         let base = buffer.base().as_ptr();
         transport.map_mem_region(base.addr(), REQUEST_BYTES, file.as_raw_fd(), 0).unwrap();

@@ -10,9 +10,10 @@ use crate::scratch::Scratch;
 use crate::{initramfs, kernel, needs, probe, process};
 
 const QEMU: &str = "qemu-system-x86_64";
-/// Without watchdogs: a processor that is emulated on a loaded machine stands still for long.
+/// Without watchdogs, and without a check at boot that expects four timer interrupts within 40 ms: an emulated processor
+/// on a loaded machine stands still for longer.
 pub(crate) const KERNEL_OPTIONS: &str =
-    "console=ttyS0 quiet rdinit=/init mitigations=off nokaslr nowatchdog panic=-1";
+    "console=ttyS0 quiet rdinit=/init mitigations=off nokaslr nowatchdog no_timer_check panic=-1";
 
 /// 512 MiB and two pages. Before QEMU 9.0 a migration loses writes of emulated CPUs to RAM whose size is a multiple of
 /// 64 pages: the fast path that reads 64 dirty bits at once leaves stale "dirty" entries in the CPUs' TLBs

@@ -1,4 +1,7 @@
 //! Facts about block devices that only an `ioctl(2)` tells.
+//!
+//! What such a call reads and writes depends on its number, which the compiler knows nothing of: each is made in one place
+//! here, with the type that goes with it.
 #![allow(unsafe_code)]
 
 use std::os::fd::AsFd;
