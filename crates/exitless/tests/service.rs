@@ -1,163 +1,22 @@
 //! The program as a process: it says when it is ready, keeps others off its socket, answers, and ends cleanly.
 #![allow(clippy::unwrap_used, reason = "a test that cannot be set up has failed")]
 
+mod process;
+
+use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Command, Stdio};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::mpsc::{Receiver, channel};
-use std::time::{Duration, Instant};
-use std::{fs, thread};
 
 use blk::Backend;
 use blk::backends::file::{File, FileOptions, Lock};
+use process::{LIMIT, Scratch, Service, exitless, output, text};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use virtio::Memory;
-
-/// How long anything may take before the test gives up.
-const LIMIT: Duration = Duration::from_secs(60);
-
-/// A folder that goes with the test.
-struct Scratch(PathBuf);
-
-impl Scratch {
-    fn new() -> Self {
-        static NEXT: AtomicU32 = AtomicU32::new(0);
-        let next = NEXT.fetch_add(1, Ordering::Relaxed);
-        let path = std::env::temp_dir().join(format!("exitless-{}-{next}", std::process::id()));
-        fs::create_dir_all(&path).unwrap();
-        Self(path)
-    }
-
-    fn path(&self, name: &str) -> String {
-        self.0.join(name).to_str().unwrap().to_owned()
-    }
-}
-
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.0);
-    }
-}
-
-fn exitless(arguments: &[&str]) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_exitless"));
-    command.args(arguments);
-    command
-}
-
-fn output(arguments: &[&str]) -> Output {
-    exitless(arguments).stdin(Stdio::null()).output().unwrap()
-}
-
-fn text(bytes: &[u8]) -> &str {
-    std::str::from_utf8(bytes).unwrap()
-}
-
-/// A running service and what it prints.
-struct Service {
-    child: Child,
-    lines: Receiver<String>,
-}
-
-impl Service {
-    fn start(arguments: &[&str]) -> Self {
-        Self::spawn(exitless(arguments))
-    }
-
-    /// The same from a shell that has run `before`.
-    fn start_after(before: &str, arguments: &[&str]) -> Self {
-        let mut command = Command::new("sh");
-        command.args(["-c", &format!("{before}; exec \"$0\" \"$@\""), env!("CARGO_BIN_EXE_exitless")]);
-        command.args(arguments);
-        Self::spawn(command)
-    }
-
-    fn spawn(mut command: Command) -> Self {
-        let piped = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-        let mut child = piped.spawn().unwrap();
-        let (sender, lines) = channel();
-        let streams: [Box<dyn Read + Send>; 2] =
-            [Box::new(child.stdout.take().unwrap()), Box::new(child.stderr.take().unwrap())];
-        for stream in streams {
-            let sender = sender.clone();
-            thread::spawn(move || {
-                for line in BufReader::new(stream).lines() {
-                    let _ = sender.send(line.unwrap());
-                }
-            });
-        }
-        Self { child, lines }
-    }
-
-    /// A disk of 1 GiB that keeps nothing, ready to be connected to.
-    fn ready(socket: &str, more: &[&str]) -> Self {
-        let arguments = [&["blk", "--socket", socket, "--backend", "null:1G"], more].concat();
-        let service = Self::start(&arguments);
-        service.line("ready: ");
-        service
-    }
-
-    /// The next line that starts like that.
-    fn line(&self, start: &str) -> String {
-        self.lines_until(start).pop().unwrap()
-    }
-
-    /// The lines up to the next one that starts like that.
-    fn lines_until(&self, start: &str) -> Vec<String> {
-        self.lines_until_one(|line| line.starts_with(start))
-    }
-
-    fn lines_until_one(&self, is_it: impl Fn(&str) -> bool) -> Vec<String> {
-        let deadline = Instant::now() + LIMIT;
-        let mut seen = Vec::new();
-        while !seen.last().is_some_and(|line: &String| is_it(line)) {
-            let left = deadline.saturating_duration_since(Instant::now());
-            match self.lines.recv_timeout(left) {
-                Ok(line) => seen.push(line),
-                Err(error) => panic!("no such line ({error}) among {seen:#?}"),
-            }
-        }
-        seen
-    }
-
-    fn event(&self) -> Value {
-        serde_json::from_str(&self.line("{")).unwrap()
-    }
-
-    fn pid(&self) -> Pid {
-        Pid::from_child(&self.child)
-    }
-
-    /// Tells it to end, and returns its exit code.
-    fn end(&mut self, signal: Signal) -> Option<i32> {
-        kill_process(self.pid(), signal).unwrap();
-        self.code()
-    }
-
-    /// Waits for its end, and returns its exit code.
-    fn code(&mut self) -> Option<i32> {
-        let deadline = Instant::now() + LIMIT;
-        loop {
-            if let Some(status) = self.child.try_wait().unwrap() {
-                return status.code();
-            }
-            assert!(Instant::now() < deadline, "it does not end");
-            thread::sleep(Duration::from_millis(5));
-        }
-    }
-}
-
-impl Drop for Service {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
 
 #[test]
 fn a_service_says_where_it_is_and_leaves_nothing_behind() {
@@ -342,76 +201,6 @@ fn a_running_service_can_be_asked_and_told_things() {
 }
 
 #[test]
-fn a_disk_is_made_smaller_only_by_somebody_who_means_it() {
-    const KEPT: u64 = 1 << 20;
-    let scratch = Scratch::new();
-    let (socket, control, image) =
-        (scratch.path("disk.sock"), scratch.path("c.sock"), scratch.path("disk.raw"));
-    fs::write(&image, vec![7; 2 << 20]).unwrap();
-    let backend = format!("file:{image}");
-    let arguments =
-        ["blk", "--socket", &socket, "--backend", &backend, "--control", &control, "--name", "vm1"];
-    let service = Service::start(&arguments);
-    service.line("control: ");
-    let size = || fs::metadata(&image).unwrap().len();
-    let resize = |arguments: &[&str]| {
-        let output =
-            output(&[&["ctl", "--control", &control, "resize", "--device", "vm1"], arguments].concat());
-        (output.status.code(), text(&output.stdout).to_owned() + text(&output.stderr))
-    };
-    // A unit that was forgotten, a size that is less than a block whatever is said, and one that is smaller.
-    for bytes in ["64", "511"] {
-        for flags in [&[][..], &["--shrink"], &["--shrink", "--force"]] {
-            let (code, refusal) = resize(&[&[bytes], flags].concat());
-            assert_eq!(code, Some(1));
-            assert!(refusal.contains("less than one block"), "{refusal}");
-        }
-    }
-    let loses = "error: device `vm1`: going from 2097152 to 1048576 bytes would destroy the last 1048576 bytes \
-        and what is in them";
-    let (code, refusal) = resize(&["1M"]);
-    assert_eq!(code, Some(1));
-    assert_eq!(refusal, format!("{loses}; --shrink does that (a size without unit is in bytes)\n"));
-    let guest = UnixStream::connect(&socket).unwrap();
-    let connected = || output(&["ctl", "--control", &control, "list", "--json"]).stdout;
-    let deadline = Instant::now() + LIMIT;
-    while !text(&connected()).contains(&format!("\"peer_pid\":{}", std::process::id())) {
-        assert!(Instant::now() < deadline, "the front end is not seen");
-    }
-    let (code, refusal) = resize(&["1M", "--shrink"]);
-    assert_eq!(code, Some(1));
-    assert_eq!(refusal, format!("{loses}, and a guest is connected; --force does it all the same\n"));
-    assert_eq!(size(), 2 << 20, "nothing was changed");
-    // To grow it takes nothing of that.
-    assert_eq!(resize(&["3M", "--shrink"]).0, Some(0));
-    assert_eq!(resize(&["2M", "--shrink", "--force"]).0, Some(0));
-    assert_eq!(size(), 2 << 20);
-    drop(guest);
-    while resize(&["1M", "--shrink"]).0 != Some(0) {
-        assert!(Instant::now() < deadline, "the front end is not gone");
-    }
-    assert_eq!(size(), KEPT);
-    assert_eq!(fs::read(&image).unwrap(), vec![7; KEPT as usize]);
-}
-
-#[test]
-fn a_service_that_was_stopped_is_not_waited_for_long() {
-    let scratch = Scratch::new();
-    let control = scratch.path("c.sock");
-    let service = Service::ready(&scratch.path("a.sock"), &["--control", &control, "--name", "vm1"]);
-    service.line("control: ");
-    kill_process(service.pid(), Signal::STOP).unwrap();
-    for command in [&["list"][..], &["resize", "--device", "vm1", "2G"]] {
-        let silent = output(&[&["ctl", "--control", &control], command].concat());
-        assert_eq!(silent.status.code(), Some(1));
-        let reason =
-            "no answer for 5 s: the service is stopped, or hangs; it may still do what it was told\n";
-        assert!(text(&silent.stderr).ends_with(reason), "{}", text(&silent.stderr));
-    }
-    kill_process(service.pid(), Signal::CONT).unwrap();
-}
-
-#[test]
 fn a_disk_that_is_larger_than_memory_is_warned_of() {
     for (size, warned) in [("1M", false), ("20T", true)] {
         let scratch = Scratch::new();
@@ -579,7 +368,7 @@ fn too_few_descriptors_are_refused_before_a_guest_comes() {
     };
     let mut refused = start("100");
     let error = refused.line("error: ");
-    assert!(error.contains("100 queues need at least 4") && error.contains("the limit is 256"), "{error}");
+    assert!(error.contains("100 queues need at least 5") && error.contains("the limit is 256"), "{error}");
     assert_eq!(refused.code(), Some(1));
     start("16").line("ready: ");
 }
