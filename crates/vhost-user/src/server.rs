@@ -287,8 +287,9 @@ impl Server {
     fn begin(&self, stream: UnixStream) -> Active {
         let peer = peer_of(&stream);
         tracing::info!(socket = %self.listener.path().display(), ?peer, "front end connected");
-        let session =
+        let mut session =
             Session::new(self.shared.queues.clone(), self.session_options, self.signals.bell.clone());
+        session.driver_pid = peer.and_then(|peer| u32::try_from(peer.pid).ok());
         let mut status = self.shared.status();
         status.peer = peer;
         status.sessions += 1;

@@ -76,6 +76,7 @@ pub struct QueueSet {
     pool: Arc<Pool>,
     mode: Mode,
     label: String,
+    driver_cpus: Vec<u32>,
     running: Vec<Option<Running>>,
     /// By queue: what it counted in its earlier lives.
     past: Vec<QueueCounters>,
@@ -90,13 +91,27 @@ impl QueueSet {
     pub fn new(device: Arc<dyn Device>, pool: Arc<Pool>, mode: Mode, label: impl Into<String>) -> Self {
         let running: Vec<_> = (0..device.queues()).map(|_| None).collect();
         let past = vec![QueueCounters::default(); running.len()];
-        Self { device, pool, mode, label: label.into(), running, past, broken: Arc::default() }
+        Self {
+            device,
+            pool,
+            mode,
+            label: label.into(),
+            driver_cpus: Vec::new(),
+            running,
+            past,
+            broken: Arc::default(),
+        }
     }
 
     /// The device.
     #[must_use]
     pub fn device(&self) -> &Arc<dyn Device> {
         &self.device
+    }
+
+    /// Says on which CPUs the driver runs, for queues that start from now on to be placed elsewhere if possible.
+    pub fn set_driver_cpus(&mut self, cpus: Vec<u32>) {
+        self.driver_cpus = cpus;
     }
 
     /// Puts a queue into service on the I/O thread of its group.
@@ -125,7 +140,7 @@ impl QueueSet {
             mode => mode,
         };
         let (queue, handle) = Queue::new(config).map_err(|source| StartError::Ring { index, source })?;
-        let seat = self.pool.place(&group, mode).map_err(thread)?;
+        let seat = self.pool.place_apart(&group, mode, &self.driver_cpus).map_err(thread)?;
         if nobody_kicks && seat.mode() != Mode::Poll {
             return Err(StartError::CannotPoll(index));
         }

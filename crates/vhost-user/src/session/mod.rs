@@ -89,6 +89,8 @@ pub(crate) struct Session {
     queues: Arc<Mutex<QueueSet>>,
     options: SessionOptions,
     bell: Arc<Bell>,
+    /// The front end's process, if known.
+    pub(crate) driver_pid: Option<u32>,
     /// In the descriptors that the front end sends to be written to.
     trust: Trust,
     features: u64,
@@ -117,6 +119,7 @@ impl Session {
     pub(crate) fn new(queues: Arc<Mutex<QueueSet>>, options: SessionOptions, bell: Arc<Bell>) -> Self {
         let device = lock(&queues).device().clone();
         Self {
+            driver_pid: None,
             vrings: (0..device.queues()).map(|_| Vring::default()).collect(),
             device,
             queues,
