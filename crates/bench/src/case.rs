@@ -95,6 +95,8 @@ pub(crate) struct Case {
     pub(crate) indirect: bool,
     /// Rest between a completion and the next request, in ms.
     pub(crate) pause_ms: u32,
+    /// The client runs on the server's CPU.
+    pub(crate) shared_cpu: bool,
     /// Part of `--quick`.
     pub(crate) quick: bool,
 }
@@ -137,6 +139,8 @@ struct Spec {
     indirect: bool,
     #[serde(default)]
     pause_ms: u32,
+    #[serde(default)]
+    shared_cpu: bool,
     /// Patterns of the names that `--quick` runs.
     #[serde(default)]
     quick: Vec<String>,
@@ -226,6 +230,7 @@ fn expand(spec: &Spec, cases: &mut Vec<Case>) -> Result<()> {
                                 inflight,
                                 indirect: spec.indirect,
                                 pause_ms: spec.pause_ms,
+                                shared_cpu: spec.shared_cpu,
                                 quick: false,
                             };
                             name(spec, &mut case)?;

@@ -11,7 +11,7 @@ macro_rules! embed {
 }
 
 const CASES: &[(&str, &str)] =
-    embed!("cases": "null.toml", "memory.toml", "tmpfs.toml", "disk.toml", "idle.toml");
+    embed!("cases": "null.toml", "memory.toml", "tmpfs.toml", "disk.toml", "idle.toml", "shared-cpu.toml");
 const PEERS: &[(&str, &str)] = embed!("peers": "bare.toml", "exitless.toml", "exitless-notify.toml", "qemu-storage-daemon.toml", "spdk.toml", "fio.toml");
 
 /// Case files as name and text.

@@ -83,6 +83,9 @@ pub(crate) fn measure(
     let mut fill = Fill { dir: scratch.path(), target, queues: case.queues, cpu, more: Vec::new() };
     let client = Client { case, target, settings, check, pages: peer.guest_memory };
     match peer.kind {
+        PeerKind::Bare | PeerKind::Fio if case.shared_cpu => {
+            Ok(Outcome::Skipped("has no client to share a CPU with, or polls without end".into()))
+        }
         PeerKind::Fio => {
             fill.more = fio::placeholders(case, settings.warmup_ms, settings.measure_ms);
             fio::measure(&peer.command(&fill), case, scratch.path(), settings)
@@ -132,7 +135,8 @@ impl Client<'_> {
     ) -> Result<Outcome> {
         std::thread::scope(|scope| {
             let run = || {
-                cpus::pin(self.settings.cpus.client)?;
+                let Cpus { server, client } = self.settings.cpus;
+                cpus::pin(if self.case.shared_cpu { server } else { client })?;
                 self.run(socket, start)
             };
             let thread = std::thread::Builder::new().name("client".into()).spawn_scoped(scope, run);

@@ -4,9 +4,9 @@ use std::os::fd::RawFd;
 use std::sync::Arc;
 
 use reactor::{Budget, LogLimit, Poller, Ticks, Work};
-use virtio::Queue;
 use virtio::memory::{scatter, total_len};
 use virtio::ring::{Token, Used};
+use virtio::{Queue, RingError};
 
 use crate::backend::{Channel, ChannelBuilder, Done, Op, OpKind, Status, Unreachable};
 use crate::config::features;
@@ -347,5 +347,13 @@ impl Poller for Worker {
         self.submit();
         self.finish(DRAIN_BYTES_MAX);
         self.queue.in_flight() == 0
+    }
+
+    fn abandon(&mut self) -> bool {
+        self.queue.break_ring(RingError::Panicked);
+        self.channel.reap(self.queue.chains(), &mut self.done);
+        // Not answered: what a panic left of their bookkeeping cannot be told.
+        self.done.clear();
+        self.channel.in_flight() == 0
     }
 }

@@ -458,3 +458,45 @@ fn impossible_options_are_refused() {
         assert!(Blk::new(Arc::new(Null::new(MIB)), options).is_err());
     }
 }
+
+/// Storage whose code has a bug.
+struct Buggy;
+
+impl Backend for Buggy {
+    fn geometry(&self) -> Geometry {
+        memory_disk().geometry()
+    }
+
+    fn channel(&self, _: &Arc<virtio::Memory>, _: u16) -> Result<ChannelBuilder, BackendError> {
+        Ok(Box::new(|| Ok(Box::new(Self))))
+    }
+
+    fn resize(&self, _: Option<u64>) -> Result<Geometry, BackendError> {
+        Ok(self.geometry())
+    }
+}
+
+impl Channel for Buggy {
+    fn submit(&mut self, ops: &mut Vec<Op>, _: &Chains, _: &mut Vec<Done>) {
+        ops.clear();
+        panic!("on purpose");
+    }
+
+    fn reap(&mut self, _: &Chains, _: &mut Vec<Done>) {}
+
+    fn in_flight(&self) -> usize {
+        0
+    }
+}
+
+#[test]
+fn a_queue_whose_code_panicked_is_broken_with_a_reason_and_let_go_of_with_requests_in_flight() {
+    use std::panic::{AssertUnwindSafe, catch_unwind};
+    let mut rig = Rig::new(Arc::new(Buggy), Ring::SPLIT);
+    rig.try_send(&[&header(IN, 0)], &[512, 1], 0).unwrap();
+    let poll = catch_unwind(AssertUnwindSafe(|| rig.poller.poll(Ticks(0), BUDGET)));
+    assert!(poll.is_err());
+    assert!(!rig.poller.drain(Ticks(0)), "the request is lost");
+    assert!(rig.poller.abandon());
+    assert_eq!(rig.handle.error(), Some(virtio::RingError::Panicked));
+}

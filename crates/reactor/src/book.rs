@@ -51,13 +51,13 @@ pub(crate) struct Lease {
 
 impl Lease {
     /// Enters a queue of `group`, on the thread of its group if that has one.
-    pub(crate) fn take(book: &Arc<Mutex<Book>>, group: &str, mode: Mode) -> Self {
+    pub(crate) fn take(book: &Arc<Mutex<Book>>, group: &str, mode: Mode, taken: &[u32]) -> Self {
         let mut pages = lock(book);
         let Book { layout, loads, groups, .. } = &mut *pages;
         let (seat, mode) = match groups.get(group) {
             Some(&Group { seat, .. }) => (seat, placement::grant(layout, loads, seat, mode)),
             None => {
-                let choice = placement::choose(layout, loads, mode);
+                let choice = placement::choose(layout, loads, mode, taken);
                 (choice.seat, choice.mode)
             }
         };
@@ -115,12 +115,12 @@ mod tests {
     #[test]
     fn a_group_keeps_its_seat_until_its_last_member_leaves() {
         let book = book(2, 2);
-        let first = Lease::take(&book, "net0/0", Mode::Hybrid);
-        let second = Lease::take(&book, "net0/0", Mode::Hybrid);
+        let first = Lease::take(&book, "net0/0", Mode::Hybrid, &[]);
+        let second = Lease::take(&book, "net0/0", Mode::Hybrid, &[]);
         assert_eq!((first.seat(), second.seat()), (0, 0));
         drop(first);
-        assert_eq!(Lease::take(&book, "net0/0", Mode::Hybrid).seat(), 0);
-        assert_eq!(Lease::take(&book, "disk0/0", Mode::Hybrid).seat(), 1);
+        assert_eq!(Lease::take(&book, "net0/0", Mode::Hybrid, &[]).seat(), 0);
+        assert_eq!(Lease::take(&book, "disk0/0", Mode::Hybrid, &[]).seat(), 1);
         drop(second);
         assert!(lock(&book).groups.is_empty());
         assert_eq!(lock(&book).loads, [Load::default(); 2]);
@@ -129,8 +129,8 @@ mod tests {
     #[test]
     fn polling_is_granted_and_returned() {
         let book = book(2, 1);
-        let first = Lease::take(&book, "a", Mode::Poll);
-        let second = Lease::take(&book, "b", Mode::Hybrid);
+        let first = Lease::take(&book, "a", Mode::Poll, &[]);
+        let second = Lease::take(&book, "b", Mode::Hybrid, &[]);
         assert_eq!(first.mode(), Mode::Poll);
         assert_eq!(second.change(Mode::Poll), Mode::Hybrid, "the only polling thread is the other");
         assert_eq!(first.change(Mode::Notify), Mode::Notify);

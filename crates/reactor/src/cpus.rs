@@ -58,6 +58,41 @@ impl Machine {
     }
 }
 
+/// The CPUs on which the threads of another process ran last, those threads that use the most time; none if it cannot be
+/// told.
+///
+/// A bound thread is where it is bound. Where the others are changes, so this is a hint.
+#[must_use]
+pub fn cpus_of_process(pid: u32) -> Vec<u32> {
+    /// A process may have any number.
+    const THREADS_MAX: usize = 512;
+    if pid == 0 || pid == std::process::id() {
+        return Vec::new();
+    }
+    let Ok(tasks) = fs::read_dir(format!("/proc/{pid}/task")) else { return Vec::new() };
+    let read = |task: fs::DirEntry| thread_stat(&fs::read_to_string(task.path().join("stat")).ok()?);
+    let threads: Vec<_> = tasks.take(THREADS_MAX).flatten().filter_map(read).collect();
+    busy_cpus(&threads)
+}
+
+/// CPU and clock ticks used of a thread, from its `stat` (proc_pid_stat(5), fields 39, 14 and 15).
+fn thread_stat(stat: &str) -> Option<(u32, u64)> {
+    // The name in field 2 may hold anything.
+    let fields: Vec<_> = stat.rsplit_once(')')?.1.split_whitespace().collect();
+    let field = |number: usize| fields.get(number - 3)?.parse::<u64>().ok();
+    Some((u32::try_from(field(39)?).ok()?, field(14)?.saturating_add(field(15)?)))
+}
+
+/// The CPUs of threads that used at least a tenth of what the busiest one did.
+fn busy_cpus(threads: &[(u32, u64)]) -> Vec<u32> {
+    let most = threads.iter().map(|&(_, ticks)| ticks).max().unwrap_or(0);
+    let busy = threads.iter().filter(|&&(_, ticks)| ticks >= most / 10);
+    let mut cpus: Vec<_> = busy.map(|&(cpu, _)| cpu).collect();
+    cpus.sort_unstable();
+    cpus.dedup();
+    cpus
+}
+
 fn core_of(sys: &Path, cpu: u32) -> u32 {
     let siblings = sys.join(format!("devices/system/cpu/cpu{cpu}/topology/thread_siblings_list"));
     let list = fs::read_to_string(siblings).ok().and_then(|text| text.parse::<CpuList>().ok());
@@ -164,6 +199,19 @@ mod tests {
     const V2_MOUNT: &str = "31 23 0:26 / /sys/fs/cgroup rw,nosuid shared:9 - cgroup2 cgroup2 rw,nsdelegate";
     const V1_MOUNT: &str =
         "33 31 0:28 / /sys/fs/cgroup/cpu,cpuacct rw shared:15 - cgroup cgroup rw,cpu,cpuacct";
+
+    #[test]
+    fn the_cpus_of_a_process_are_those_of_its_busy_threads() {
+        let stat = |name: &str, cpu: u32| {
+            format!("7 ({name}) R 1 7 7 0 -1 0 0 0 0 0 30 12 0 0 20 0 1 0 5 {} {cpu} 0 0", "0 ".repeat(16))
+        };
+        assert_eq!(thread_stat(&stat("CPU 0/KVM", 3)), Some((3, 42)));
+        assert_eq!(thread_stat(&stat("a) S 1 (b", 3)), Some((3, 42)));
+        assert_eq!(thread_stat("7 (short) R"), None);
+        assert_eq!(busy_cpus(&[(3, 100), (1, 90), (2, 9), (3, 50)]), [1, 3]);
+        assert_eq!(busy_cpus(&[(2, 0), (1, 0)]), [1, 2], "a process that has just begun");
+        assert!(busy_cpus(&[]).is_empty() && cpus_of_process(0).is_empty());
+    }
 
     #[test]
     fn limits_are_read_in_both_formats() {

@@ -45,7 +45,7 @@ mod watchdog;
 
 pub use clock::Clock;
 pub use cpulist::{CPUS_MAX, CpuList, CpuListError, format_cpus};
-pub use cpus::{Cpu, Machine, Quota};
+pub use cpus::{Cpu, Machine, Quota, cpus_of_process};
 pub use epoll::{WAKE_FDS_MAX, WatchError, check_peer_fd};
 pub use error::Error;
 pub use handle::{PollerHandle, Seat};

@@ -189,13 +189,16 @@ pub struct Choice {
 
 /// Chooses a seat for one more queue; `loads` are those of `layout.seats`.
 ///
-/// The seat with the fewest polled queues, then the fewest queues, then the first. A queue that is to be polled may
+/// The seat with the fewest polled queues, then the fewest queues, then the first. A CPU in `taken`, where the driver runs,
+/// counts as one with a queue more: driver and I/O thread would take turns there. A queue that is to be polled may
 /// also join a seat that polls already when no further one may: it shares a CPU that is spent anyway.
 #[must_use]
-pub fn choose(layout: &Layout, loads: &[Load], mode: Mode) -> Choice {
+pub fn choose(layout: &Layout, loads: &[Load], mode: Mode, taken: &[u32]) -> Choice {
     let least = |eligible: &dyn Fn(&Load) -> bool| {
         let loads = loads.iter().take(layout.seats.len()).enumerate().filter(|(_, load)| eligible(load));
-        loads.min_by_key(|&(seat, load)| (load.polled, load.queues, seat)).map(|(seat, _)| seat)
+        let queues =
+            |seat: usize, load: &Load| load.queues + usize::from(taken.contains(&layout.seats[seat]));
+        loads.min_by_key(|&(seat, load)| (load.polled, queues(seat, load), seat)).map(|(seat, _)| seat)
     };
     let polling = loads.iter().filter(|load| load.polled > 0).count();
     if mode == Mode::Poll && polling >= layout.pollers_max {
@@ -247,7 +250,7 @@ pub fn plan(machine: &Machine, wish: &Wish, queues: &[Queue]) -> Result<Plan, Pl
         let placed = queues[..index].iter().position(|earlier| earlier.group == queue.group);
         let choice = match placed.map(|earlier| choices[earlier].seat) {
             Some(seat) => Choice { seat, mode: grant(&layout, &loads, seat, queue.mode) },
-            None => choose(&layout, &loads, queue.mode),
+            None => choose(&layout, &loads, queue.mode, &[]),
         };
         if choice.mode != queue.mode {
             let warning = Warning::Degraded { group: queue.group.clone(), pollers_max: layout.pollers_max };
@@ -337,6 +340,20 @@ mod tests {
     }
 
     #[test]
+    fn the_drivers_cpus_are_avoided_where_others_are_free_and_balanced_with_them_later() {
+        let layout = layout(&machine(&[1, 2, 3]), &Wish::default()).unwrap();
+        let mut loads = vec![Load::default(); 3];
+        let seats: Vec<_> = (0..7)
+            .map(|_| {
+                let seat = choose(&layout, &loads, Mode::Hybrid, &[1, 2]).seat;
+                loads[seat].queues += 1;
+                seat
+            })
+            .collect();
+        assert_eq!(seats, [2, 0, 1, 2, 0, 1, 2]);
+    }
+
+    #[test]
     fn queues_of_one_group_share_a_thread() {
         let mut queues = queues(2, Mode::Hybrid);
         queues.insert(1, queues[0].clone());
@@ -376,7 +393,7 @@ mod tests {
     fn a_queue_that_does_not_poll_avoids_threads_that_do() {
         let layout = layout(&machine(&[1, 2]), &Wish::default()).unwrap();
         let loads = [Load { polled: 1, queues: 1 }, Load { polled: 0, queues: 5 }];
-        assert_eq!(choose(&layout, &loads, Mode::Hybrid), Choice { seat: 1, mode: Mode::Hybrid });
+        assert_eq!(choose(&layout, &loads, Mode::Hybrid, &[]), Choice { seat: 1, mode: Mode::Hybrid });
     }
 
     #[test]
@@ -384,7 +401,7 @@ mod tests {
         let layout = layout(&machine(&[1, 2, 3]), &Wish::default()).unwrap();
         let loads =
             [Load { polled: 2, queues: 2 }, Load { polled: 1, queues: 3 }, Load { polled: 1, queues: 2 }];
-        assert_eq!(choose(&layout, &loads, Mode::Poll).seat, 2);
+        assert_eq!(choose(&layout, &loads, Mode::Poll, &[]).seat, 2);
     }
 
     #[test]

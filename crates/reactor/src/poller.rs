@@ -58,7 +58,8 @@ impl Work {
 ///    slipped in; on waking, `disarm` and poll again.
 /// 4. To remove it: `drain` until it returns true, then drop.
 ///
-/// A panic in any of them goes no further: the thread logs it, removes the poller as in step 4 and serves the others.
+/// A panic in any of them goes no further: the thread logs it, removes the poller as in step 4, with
+/// `abandon` for `drain`, and serves the others.
 pub trait Poller {
     /// Does at most `budget` of work and says what was done and whether more is waiting.
     fn poll(&mut self, now: Ticks, budget: Budget) -> Work;
@@ -87,4 +88,11 @@ pub trait Poller {
 
     /// Takes no new requests, goes on completing those in flight, and returns true once none is left.
     fn drain(&mut self, now: Ticks) -> bool;
+
+    /// Takes the place of `drain` after a panic, which may have lost what was in flight: waits for nobody's answer, only
+    /// for what still works on the poller's memory, and tells the peer, if it can, that nothing more will come. The
+    /// poller's own state may be inconsistent.
+    fn abandon(&mut self) -> bool {
+        true
+    }
 }

@@ -128,7 +128,15 @@ impl Pool {
     /// # Errors
     /// [`Error::Start`] if a thread cannot be started, [`Error::Stopped`] if the pool was stopped.
     pub fn place(&self, group: &str, mode: Mode) -> Result<Seat, Error> {
-        let lease = Lease::take(&self.book, group, mode);
+        self.place_apart(group, mode, &[])
+    }
+
+    /// The same, away from the CPUs `taken` by whoever makes the requests, as long as others are free.
+    ///
+    /// # Errors
+    /// See [`place`](Self::place).
+    pub fn place_apart(&self, group: &str, mode: Mode, taken: &[u32]) -> Result<Seat, Error> {
+        let lease = Lease::take(&self.book, group, mode, taken);
         let thread = self.thread(lease.seat())?;
         if lease.mode() != mode {
             let pollers_max = lock(&self.book).layout.pollers_max;

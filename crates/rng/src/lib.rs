@@ -149,4 +149,9 @@ impl Poller for Worker {
     fn drain(&mut self, _now: Ticks) -> bool {
         true
     }
+
+    fn abandon(&mut self) -> bool {
+        self.queue.break_ring(virtio::RingError::Panicked);
+        true
+    }
 }

@@ -312,7 +312,8 @@ impl Server {
         tracing::info!(socket = %self.listener.path().display(), ?peer, "front end connected");
         let Shared { queues, record, .. } = &*self.shared;
         let bell = self.signals.bell.clone();
-        let session = Session::new(queues.clone(), self.session_options, bell, record.clone());
+        let mut session = Session::new(queues.clone(), self.session_options, bell, record.clone());
+        session.driver_pid = peer.and_then(|peer| u32::try_from(peer.pid).ok());
         let mut status = self.shared.status();
         status.connected = true;
         status.peer = peer;

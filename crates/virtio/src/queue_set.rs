@@ -75,6 +75,7 @@ pub struct QueueSet {
     pool: Arc<Pool>,
     mode: Mode,
     label: String,
+    driver_cpus: Vec<u32>,
     running: Vec<Option<Running>>,
     /// By queue: what it counted in its earlier lives.
     past: Vec<QueueCounters>,
@@ -95,6 +96,7 @@ impl QueueSet {
             pool,
             mode,
             label: label.into(),
+            driver_cpus: Vec::new(),
             running,
             past,
             mappings: Quota::new(),
@@ -112,6 +114,11 @@ impl QueueSet {
     #[must_use]
     pub fn mappings(&self) -> &Quota {
         &self.mappings
+    }
+
+    /// Says on which CPUs the driver runs, for queues that start from now on to be placed elsewhere if possible.
+    pub fn set_driver_cpus(&mut self, cpus: Vec<u32>) {
+        self.driver_cpus = cpus;
     }
 
     /// Puts a queue into service on the I/O thread of its group.
@@ -139,7 +146,7 @@ impl QueueSet {
             mode => mode,
         };
         let (queue, handle) = Queue::new(config).map_err(|source| StartError::Ring { index, source })?;
-        let seat = self.pool.place(&group, mode).map_err(thread)?;
+        let seat = self.pool.place_apart(&group, mode, &self.driver_cpus).map_err(thread)?;
         let mut builder =
             self.device.start_queue(queue).map_err(|source| StartError::NotReady { index, source })?;
         if !kicked && seat.mode() != Mode::Poll {

@@ -183,6 +183,7 @@ impl<'a> Runner<'a> {
             // As the guest does it: indirect where the ring has too few descriptors for all requests.
             indirect: condition.qd > DIRECT_MAX,
             pause_ms: 0,
+            shared_cpu: false,
             quick: false,
         };
         let installed = Installed { peer: server, version: String::new() };

@@ -267,7 +267,9 @@ impl Slot {
     #[inline(never)]
     fn drain(&mut self, now: Ticks) -> bool {
         let Phase::Draining { since, warned } = self.phase else { return false };
-        match catch_unwind(AssertUnwindSafe(|| self.poller.drain(now))) {
+        let failed = self.record().state() == PollerState::Failed;
+        let poller = &mut self.poller;
+        match catch_unwind(AssertUnwindSafe(|| if failed { poller.abandon() } else { poller.drain(now) })) {
             Ok(false) => {
                 self.wake_at = now.plus_ns(DRAIN_NAP_NS);
                 if !warned && now.since_ns(since) > DRAIN_WARN_NS {
@@ -282,7 +284,11 @@ impl Slot {
             Ok(true) => {}
             Err(panic) => {
                 let (poller, cause) = (&self.record().label, message(&*panic));
-                tracing::error!(poller, cause, "a poller panicked in `drain` and is dropped as it is");
+                tracing::error!(
+                    poller,
+                    cause,
+                    "a poller panicked in `drain` or `abandon` and is dropped as it is"
+                );
                 self.record().advance(PollerState::Failed);
             }
         }

@@ -59,6 +59,24 @@ fn a_panic_while_draining_or_dropping_does_not_keep_anybody_waiting() {
     }
 }
 
+/// A panic takes with it what was in flight: a drain would wait for it for ever.
+#[test]
+fn a_poller_that_lost_what_it_had_in_flight_is_removed_and_its_place_taken_anew() {
+    let (pool, neighbour) = (pool(), Queue::new());
+    let _other = neighbour.serve(&pool, Mode::Hybrid);
+    for _ in 0..2 {
+        let script = |call| {
+            assert!(!matches!(call, Call::Poll(_)), "on purpose");
+            let never_drained = u32::from(call == Call::Drain);
+            Work { done: never_drained, ..Work::NONE }
+        };
+        let seat = pool.place("rogue", Mode::Hybrid).unwrap();
+        let handle = seat.add("rogue", move || Box::new(Script(script))).unwrap();
+        handle.remove().unwrap();
+        still_serves(&neighbour);
+    }
+}
+
 #[test]
 fn a_panic_while_building_is_the_callers_error() {
     let (pool, neighbour) = (pool(), Queue::new());

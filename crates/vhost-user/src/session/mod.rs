@@ -92,6 +92,8 @@ pub(crate) struct Session {
     queues: Arc<Mutex<QueueSet>>,
     options: SessionOptions,
     bell: Arc<Bell>,
+    /// The front end's process, if known.
+    pub(crate) driver_pid: Option<u32>,
     /// In the descriptors that the front end sends to be written to.
     trust: Trust,
     features: u64,
@@ -134,6 +136,7 @@ impl Session {
             (queues.device().clone(), queues.mappings().clone())
         };
         Self {
+            driver_pid: None,
             vrings: (0..device.queues()).map(|_| Vring::default()).collect(),
             device,
             queues,

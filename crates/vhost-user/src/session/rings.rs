@@ -185,6 +185,10 @@ impl Session {
             inflight,
             on_error: Some(self.on_error(index)),
         };
+        if let Some(pid) = self.driver_pid.filter(|_| !self.is_running()) {
+            let cpus = reactor::cpus_of_process(pid);
+            self.queues().set_driver_cpus(cpus);
+        }
         self.queues().start(config)?;
         self.config_unread = false;
         tracing::debug!(ring = index, size = place.config.size, format = ?place.config.format, "ring started");

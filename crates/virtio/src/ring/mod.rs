@@ -145,6 +145,9 @@ pub enum RingError {
         "a call of the driver blocked: the descriptor it listens on was full, and had been made blocking"
     )]
     CallBlocked,
+    /// The device's code for the queue panicked. What was in flight is not answered.
+    #[error("the device's code for this queue panicked")]
+    Panicked,
 }
 
 /// Which queue layout sizes, in bytes.
