@@ -6,7 +6,9 @@
 mod blocked;
 mod bring_up;
 mod channel;
+mod descriptors;
 mod device;
+mod fuse;
 mod guest;
 mod host;
 mod hostile;
