@@ -24,11 +24,14 @@ const NOT_INHERITED: &[&str] = &[
 const FALLBACK_TARGET: &str = "x86_64-unknown-linux-gnu";
 
 fn main() -> Result<(), Box<dyn Error>> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..").canonicalize()?;
+    // Not `env!`: clones that share a target directory share this program too, but not their sources.
+    let package = folder("CARGO_MANIFEST_DIR")?;
+    let root = package.join("../..");
+    let root = root.canonicalize().map_err(|error| format!("no workspace at {}: {error}", root.display()))?;
     for source in SOURCES {
-        println!("cargo:rerun-if-changed={}", root.join(source).display());
+        println!("cargo:rerun-if-changed=../../{source}");
     }
-    let out = PathBuf::from(env::var_os("OUT_DIR").ok_or("no OUT_DIR: this is a build script of cargo")?);
+    let out = folder("OUT_DIR")?;
     let host = env::var("HOST").unwrap_or_default();
     let target = if host.starts_with("x86_64-unknown-linux-") { &host } else { FALLBACK_TARGET };
 
@@ -49,8 +52,17 @@ fn main() -> Result<(), Box<dyn Error>> {
     if !status.success() {
         return Err(format!("the embedded guest does not build: {cargo:?}: {status}").into());
     }
-    fs::copy(target_dir.join(target).join("guest/guest-image"), out.join("guest.elf"))?;
+    let (built, embedded) = (target_dir.join(target).join("guest/guest-image"), out.join("guest.elf"));
+    fs::copy(&built, &embedded)
+        .map_err(|error| format!("cannot copy {} to {}: {error}", built.display(), embedded.display()))?;
     Ok(())
+}
+
+/// A folder that cargo names to this program when it runs it.
+fn folder(variable: &str) -> Result<PathBuf, String> {
+    env::var_os(variable)
+        .map(PathBuf::from)
+        .ok_or_else(|| format!("no {variable}: this is a build script of cargo"))
 }
 
 /// Linked where the linker script says, without anything of an operating system's.

@@ -1,4 +1,4 @@
-//! A driver that sends any request to a disk in memory.
+//! A driver that sends any request to a disk that keeps nothing, or sound ones to a slow disk (`ranges`).
 
 use std::sync::Arc;
 
@@ -10,6 +10,7 @@ use virtio::fake::{FakeDriver, FakeOptions};
 use virtio::ring::{Buffer, RingFormat};
 
 use crate::input::Input;
+use crate::ranges;
 
 /// Runs one input: features, then requests of any header, data and cut into buffers.
 ///
@@ -18,6 +19,9 @@ use crate::input::Input;
 pub fn run(data: &[u8]) {
     let mut input = Input::new(data);
     let choice = input.u8();
+    if choice & 0x80 != 0 {
+        return ranges::run(&mut input);
+    }
     let options = Options { read_only: choice & 1 != 0, serial: "fuzz".to_owned(), ..Options::default() };
     let disk = Blk::new(Arc::new(Null::new(1 << 20)), options).expect("the options are allowed");
     let mut fake = FakeDriver::new(FakeOptions {

@@ -6,6 +6,9 @@
 pub mod blk;
 pub mod config;
 mod input;
+pub mod memory;
 pub mod pci;
+mod ranges;
+pub mod record;
 pub mod ring;
 pub mod vhost_user;

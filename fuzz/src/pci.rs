@@ -266,7 +266,7 @@ impl Machine {
         let buffer = driver.writable(16);
         driver.offer(&[buffer], false);
         self.bus.mmio_write(self.doorbells, &[0, 0]);
-        let deadline = Instant::now() + Duration::from_secs(20);
+        let deadline = Instant::now() + Duration::from_secs(120);
         while driver.ring.reap().expect("a sound ring").is_none() {
             assert!(Instant::now() < deadline, "the neighbour does not answer");
             std::thread::yield_now();

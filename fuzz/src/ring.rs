@@ -7,7 +7,7 @@ use virtio::{GuestAddr, Queue};
 
 use crate::input::Input;
 
-const MEMORY_BYTES: u64 = 64 << 10;
+pub(crate) const MEMORY_BYTES: u64 = 64 << 10;
 
 /// Runs one input: options, then a program of driver writes and device steps.
 ///
@@ -54,12 +54,12 @@ pub fn run(data: &[u8]) {
     assert!(handle.stopped_at().is_some());
 }
 
-fn write(fake: &FakeDriver, offset: u16, input: &mut Input<'_>) {
+pub(crate) fn write(fake: &FakeDriver, offset: u16, input: &mut Input<'_>) {
     let len = usize::from(input.u8() % 32).min((MEMORY_BYTES - u64::from(offset)) as usize);
     fake.write(GuestAddr(MEMORY_START + u64::from(offset)), input.bytes(len));
 }
 
-fn take(queue: &mut Queue, max: usize, held: &mut Vec<Token>, fake: &FakeDriver) {
+pub(crate) fn take(queue: &mut Queue, max: usize, held: &mut Vec<Token>, fake: &FakeDriver) {
     let before = held.len();
     queue.pop(max, held);
     assert!(queue.in_flight() <= usize::from(queue.size()));

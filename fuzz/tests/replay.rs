@@ -4,7 +4,8 @@ use std::panic::catch_unwind;
 use std::path::Path;
 
 fn replay(target: &str, run: fn(&[u8])) {
-    let corpus = Path::new(env!("CARGO_MANIFEST_DIR")).join("corpus").join(target);
+    let package = std::env::var_os("CARGO_MANIFEST_DIR").expect("cargo says where the package is");
+    let corpus = Path::new(&package).join("corpus").join(target);
     let mut inputs = Vec::new();
     for entry in std::fs::read_dir(&corpus).expect("the corpus folder is there") {
         inputs.push(entry.expect("the corpus folder can be listed").path());
@@ -20,6 +21,16 @@ fn replay(target: &str, run: fn(&[u8])) {
 #[test]
 fn ring() {
     replay("ring", fuzz::ring::run);
+}
+
+#[test]
+fn record() {
+    replay("record", fuzz::record::run);
+}
+
+#[test]
+fn memory() {
+    replay("memory", fuzz::memory::run);
 }
 
 #[test]

@@ -134,12 +134,37 @@ pub trait Backend: Send + Sync {
     /// The storage is not to be had now: the queue does not start.
     fn channel(&self, memory: &Arc<Memory>, depth: u16) -> Result<ChannelBuilder, BackendError>;
 
-    /// Grows or shrinks the storage, or takes over a size that it was given from outside (`bytes` None). Requests
-    /// that were checked against a larger size may still be under way; they fail or not, but do no harm.
+    /// How many descriptors each channel takes.
+    fn channel_descriptors(&self) -> u32 {
+        0
+    }
+
+    /// Bytes that there are now, which differs from what `geometry` says where somebody else has changed them.
     ///
     /// # Errors
-    /// The storage cannot have that size. Nothing was changed.
+    /// It cannot be found out.
+    fn bytes_now(&self) -> Result<u64, BackendError> {
+        Ok(self.geometry().bytes)
+    }
+
+    /// Grows or shrinks the storage, or takes over a size that it was given from outside (`bytes` None). The new size is
+    /// durable. Requests that were checked against a larger size may still be under way; they fail or not, but do no
+    /// harm.
+    ///
+    /// # Errors
+    /// The storage cannot have that size, or it is not durable; `geometry` tells which it has.
     fn resize(&self, bytes: Option<u64>) -> Result<Geometry, BackendError>;
+
+    /// Makes all writes durable that were completed on any channel. Called on a control thread, where it may wait.
+    ///
+    /// # Errors
+    /// They are not durable. So it is where writes need a flush and the backend has none outside of its channels.
+    fn flush(&self) -> Result<(), BackendError> {
+        if self.geometry().flush {
+            return Err(BackendError("flushing: this storage can be flushed by its queues only".to_owned()));
+        }
+        Ok(())
+    }
 }
 
 /// One queue's way to the storage.

@@ -53,6 +53,20 @@ impl Default for Options {
     }
 }
 
+/// The capacity in sectors of storage that is used in whole blocks.
+fn whole_blocks(bytes: u64, block_bytes: u32) -> u64 {
+    let beyond = bytes % u64::from(block_bytes);
+    if beyond > 0 {
+        tracing::warn!(
+            bytes,
+            block_bytes,
+            beyond,
+            "no whole blocks: the guest does not see what is beyond the last one"
+        );
+    }
+    (bytes - beyond) / SECTOR_BYTES
+}
+
 /// A disk cannot be presented like that.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum OptionsError {
@@ -68,6 +82,30 @@ pub enum OptionsError {
     /// An impossible block size.
     #[error("logical blocks of {0} bytes: the size must be 512, 1024, 2048 or 4096")]
     BlockBytes(u32),
+    /// The storage has not one block.
+    #[error("a disk of {0} bytes: it must have at least one block, of {1} bytes")]
+    Small(u64, u32),
+}
+
+/// A disk was not resized, or its size is not durable.
+#[derive(Debug, thiserror::Error)]
+pub enum ResizeError {
+    /// It would be smaller.
+    #[error("going from {from} to {to} bytes would destroy the last {} bytes and what is in them", from - to)]
+    Loses {
+        /// Bytes that there are.
+        from: u64,
+        /// Bytes that were asked for.
+        to: u64,
+    },
+    /// The storage says no.
+    #[error(transparent)]
+    Storage(#[from] BackendError),
+}
+
+/// The whole sectors in `bytes`, in bytes.
+fn whole_sectors(bytes: u64) -> u64 {
+    bytes - bytes % SECTOR_BYTES
 }
 
 /// What the queues' workers share. Everything that changes is one atomic value.
@@ -90,10 +128,17 @@ impl Shared {
         Disk { sectors: self.sectors.load(Ordering::Relaxed), geometry: self.geometry }
     }
 
-    /// Whether completed writes may be volatile, if the driver may choose.
+    /// Whether completed writes may be volatile, if the driver may choose. A write that was done before this is asked, and
+    /// finds them allowed to, is covered by the flush of a switch to write-through that comes then.
     #[inline(always)]
     pub(crate) fn writeback(&self) -> bool {
-        self.writeback.load(Ordering::Relaxed)
+        self.writeback.load(Ordering::SeqCst)
+    }
+
+    /// Keeps the driver's choice.
+    fn choose(&self, writeback: bool) {
+        self.writeback_chosen.store(true, Ordering::Relaxed);
+        self.writeback.store(writeback, Ordering::SeqCst);
     }
 
     /// Section 5.2.5.2: a driver that could choose the cache mode but knows no flush gets write-through.
@@ -111,6 +156,8 @@ pub struct Blk {
     features: u64,
     stats: Box<[Arc<Stats>]>,
     listener: Mutex<Option<ConfigListener>>,
+    /// Held by the one that changes the size.
+    resizing: Mutex<()>,
 }
 
 impl Blk {
@@ -133,6 +180,10 @@ impl Blk {
             return Err(OptionsError::BlockBytes(logical_block_bytes));
         }
         let mut geometry = backend.geometry();
+        let sectors = whole_blocks(geometry.bytes, logical_block_bytes);
+        if sectors == 0 {
+            return Err(OptionsError::Small(geometry.bytes, logical_block_bytes));
+        }
         let features = config::offered(&geometry, &options);
         geometry.read_only = config::read_only(&geometry, &options);
         let mut padded = [0; SERIAL_BYTES];
@@ -141,7 +192,7 @@ impl Blk {
             backend,
             serial: padded,
             limiter: Limiter::new(options.rate),
-            sectors: AtomicU64::new(geometry.bytes / SECTOR_BYTES),
+            sectors: AtomicU64::new(sectors),
             geometry,
             writeback: AtomicBool::new(true),
             writeback_chosen: AtomicBool::new(false),
@@ -152,16 +203,57 @@ impl Blk {
             stats: (0..queues).map(|_| Arc::default()).collect(),
             options,
             listener: Mutex::new(None),
+            resizing: Mutex::new(()),
         })
     }
 
+    /// How many descriptors of this process each running queue takes for the storage and the disk.
+    #[must_use]
+    pub fn queue_descriptors(&self) -> u32 {
+        // And one to hear of new limits.
+        self.shared.backend.channel_descriptors() + 1
+    }
+
     /// Resizes the storage to `bytes`, or takes over the size it was given from outside (None), and tells the driver.
-    /// Returns the new capacity in bytes.
+    /// Returns the new capacity in bytes, which is durable. A smaller size destroys what is cut off; [`Blk::grow`] does
+    /// not.
     ///
     /// # Errors
-    /// The storage cannot have that size. Nothing was changed.
+    /// The size is less than one block, the storage cannot have it, or it is not durable.
     pub fn resize(&self, bytes: Option<u64>) -> Result<u64, BackendError> {
-        let sectors = self.shared.backend.resize(bytes)?.bytes / SECTOR_BYTES;
+        let _alone = self.resizing.lock().unwrap_or_else(PoisonError::into_inner);
+        self.resize_alone(bytes)
+    }
+
+    /// The same, unless anything would be lost.
+    ///
+    /// # Errors
+    /// As for [`Blk::resize`], and [`ResizeError::Loses`], with nothing changed.
+    pub fn grow(&self, bytes: u64) -> Result<u64, ResizeError> {
+        let _alone = self.resizing.lock().unwrap_or_else(PoisonError::into_inner);
+        let (from, to) = (self.shared.backend.bytes_now()?.max(self.bytes()), whole_sectors(bytes));
+        self.check_size(to)?;
+        if to < from {
+            return Err(ResizeError::Loses { from, to });
+        }
+        Ok(self.resize_alone(Some(to))?)
+    }
+
+    fn check_size(&self, bytes: u64) -> Result<(), BackendError> {
+        let block_bytes = self.options.logical_block_bytes;
+        if bytes < block_bytes.into() {
+            return Err(BackendError(format!(
+                "a size of {bytes} bytes is less than one block, which has {block_bytes}"
+            )));
+        }
+        Ok(())
+    }
+
+    fn resize_alone(&self, bytes: Option<u64>) -> Result<u64, BackendError> {
+        bytes.map_or(Ok(()), |bytes| self.check_size(whole_sectors(bytes)))?;
+        let resized = self.shared.backend.resize(bytes);
+        // Also of a resize that failed half-way.
+        let sectors = whole_blocks(self.shared.backend.geometry().bytes, self.options.logical_block_bytes);
         let before = self.shared.sectors.swap(sectors, Ordering::Relaxed);
         if before != sectors {
             tracing::info!(before, sectors, "disk resized");
@@ -170,7 +262,7 @@ impl Blk {
                 listener();
             }
         }
-        Ok(sectors * SECTOR_BYTES)
+        resized.map(|_| sectors * SECTOR_BYTES)
     }
 
     /// The capacity in bytes.
@@ -179,10 +271,16 @@ impl Blk {
         self.shared.sectors.load(Ordering::Relaxed) * SECTOR_BYTES
     }
 
-    /// Replaces the limit on what all queues together may do. A thread that already waits for the old limit's pause to
-    /// end finishes that wait.
+    /// Replaces the limit on what all queues together may do. A queue that pauses for the old one goes on at once.
     pub fn set_rate_limit(&self, limit: RateLimit) {
         self.shared.limiter.set(limit);
+    }
+
+    /// Makes durable what was written while that was the driver's to ask for, as it will not ask any more.
+    fn flush(&self) {
+        if let Err(error) = self.shared.backend.flush() {
+            tracing::error!(%error, "the cache is written through from now on, but what it held may be lost");
+        }
     }
 
     /// What each queue has done.
@@ -225,8 +323,11 @@ impl Device for Blk {
     fn write_config(&self, offset: u32, data: &[u8]) -> Result<(), ConfigError> {
         match (offset, data) {
             (WRITEBACK_OFFSET, &[writeback]) if self.features & config::features::CONFIG_WCE != 0 => {
-                self.shared.writeback_chosen.store(true, Ordering::Relaxed);
-                self.shared.writeback.store(writeback != 0, Ordering::Relaxed);
+                let before = self.shared.writeback();
+                self.shared.choose(writeback != 0);
+                if before && writeback == 0 {
+                    self.flush();
+                }
                 Ok(())
             }
             _ => Err(ConfigError { offset, len: data.len() }),
@@ -240,16 +341,27 @@ impl Device for Blk {
     fn start_queue(&self, queue: Queue) -> Result<PollerBuilder, NotReady> {
         let channel = self.shared.backend.channel(queue.memory(), queue.size());
         let channel = channel.map_err(|error| NotReady(error.to_string()))?;
+        let bell = self.shared.limiter.bell();
+        let bell = bell.map_err(|error| NotReady(format!("making an eventfd for new limits: {error}")))?;
         let shared = self.shared.clone();
         let offered = self.features;
         // A transport starts no queue that the device does not have; if one did, its figures would go nowhere.
         let stats = self.stats.get(usize::from(queue.index())).cloned().unwrap_or_default();
-        Ok(Box::new(move || Box::new(Worker::new(queue, channel, shared, offered, stats))))
+        Ok(Box::new(move || Box::new(Worker::new(queue, channel, shared, bell, offered, stats))))
     }
 
     fn reset(&self) {
         self.shared.writeback.store(true, Ordering::Relaxed);
         self.shared.writeback_chosen.store(false, Ordering::Relaxed);
+    }
+
+    /// A driver that switched to write-through sends no flushes, and this instance was not told: it takes that for
+    /// granted.
+    fn take_over(&self) {
+        if self.features & config::features::CONFIG_WCE != 0 && self.shared.writeback() {
+            tracing::info!("writing through: the driver may have told an earlier service to");
+            self.shared.choose(false);
+        }
     }
 
     fn save(&self) -> Vec<u8> {
@@ -278,8 +390,7 @@ impl Device for Blk {
                 &mine[4..]
             )));
         }
-        self.shared.writeback_chosen.store(true, Ordering::Relaxed);
-        self.shared.writeback.store(state[1] != 0, Ordering::Relaxed);
+        self.shared.choose(state[1] != 0);
         Ok(())
     }
 }

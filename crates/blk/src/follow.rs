@@ -1,86 +1,138 @@
 //! Requests that take more than one operation: several ranges to discard, and writes that are to be durable.
 //!
-//! They are carried out one operation after the other under the same token; the request is over when the last one is,
-//! or when one fails.
+//! Their operations are carried out one after the other under the same token; the request is over when the last one is,
+//! or when one fails. What a request still owes stands in its slot, and with a token in a slot that owes something only
+//! the next operation can be started: a request that was answered with work left would leave that work to the next
+//! request in its slot.
+
+use std::collections::VecDeque;
 
 use virtio::ring::Token;
 
 use crate::backend::{Done, Op, OpKind, Status};
 use crate::request::Range;
 
-/// What follows when the operation in flight is done.
+/// What an operation counts for at least, in bytes: its own cost is that of moving a few kilobytes.
+const OP_BYTES_MIN: u64 = 4096;
+
+/// What a request owes beyond the operation in flight.
 #[derive(Default)]
-struct Next {
+struct Owed {
     /// Further ranges, the next one last.
     ranges: Vec<(OpKind, Range)>,
     /// A flush at the end.
     flush: bool,
+    /// A write in this slot was begun without one, now or some time ago.
+    volatile: bool,
+}
+
+impl Owed {
+    fn is_nothing(&self) -> bool {
+        self.ranges.is_empty() && !self.flush
+    }
 }
 
 /// The follow-ups of one queue.
 pub(crate) struct FollowUps {
-    by_slot: Box<[Next]>,
-    /// Requests that have some.
-    waiting: usize,
+    by_slot: Box<[Owed]>,
+    /// Requests that owe something.
+    owing: usize,
+    /// Those of them with no operation in flight, the one that waited longest first.
+    due: VecDeque<Token>,
 }
 
 impl FollowUps {
     /// For a ring of `size` descriptors.
     pub(crate) fn new(size: u16) -> Self {
-        Self { by_slot: (0..size).map(|_| Next::default()).collect(), waiting: 0 }
+        let by_slot = (0..size).map(|_| Owed::default()).collect();
+        Self { by_slot, owing: 0, due: VecDeque::with_capacity(size.into()) }
     }
 
-    /// Whether any request has one.
+    /// Whether any request owes anything.
     #[inline(always)]
     pub(crate) fn any(&self) -> bool {
-        self.waiting > 0
+        self.owing > 0
+    }
+
+    /// Whether an operation could be started.
+    #[inline(always)]
+    pub(crate) fn is_due(&self) -> bool {
+        !self.due.is_empty()
+    }
+
+    /// Whether this request owes anything.
+    #[inline(always)]
+    pub(crate) fn owes(&self, token: &Token) -> bool {
+        !self.by_slot[token.slot()].is_nothing()
     }
 
     /// Notes that a flush follows the operation about to be started.
     pub(crate) fn add_flush(&mut self, token: &Token) {
         self.by_slot[token.slot()].flush = true;
-        self.waiting += 1;
+        self.owing += 1;
     }
 
-    /// Turns a request on `ranges` into its first operation and keeps the rest. Without any it is over.
+    /// Notes that the write about to be started needs a flush if writes are to be durable by the time it is done.
+    #[inline(always)]
+    pub(crate) fn add_volatile(&mut self, token: &Token) {
+        self.by_slot[token.slot()].volatile = true;
+    }
+
+    /// Notes a request on `ranges`, with a flush behind them or not. Without any it is over.
     pub(crate) fn begin(
         &mut self,
         token: Token,
         ranges: &mut Vec<(OpKind, Range)>,
         flush: bool,
-    ) -> Result<Op, Done> {
-        if !ranges.is_empty() {
-            let next = &mut self.by_slot[token.slot()];
-            next.ranges.extend(ranges.drain(..).rev());
-            next.flush = flush;
-            self.waiting += 1;
+    ) -> Option<Done> {
+        if ranges.is_empty() && !flush {
+            return Some(Done { token, status: Status::Ok });
         }
-        self.after(Done { token, status: Status::Ok })
+        let owed = &mut self.by_slot[token.slot()];
+        owed.ranges.extend(ranges.drain(..).rev());
+        owed.flush = flush;
+        self.owing += 1;
+        self.due.push_back(token);
+        None
     }
 
-    /// The operation that follows the one that is done; or the end of the request.
-    pub(crate) fn after(&mut self, done: Done) -> Result<Op, Done> {
-        let next = &mut self.by_slot[done.token.slot()];
-        if next.ranges.is_empty() && !next.flush {
-            // Either it never had a follow-up, or this was the last.
-            return Err(done);
+    /// Takes note of an operation that is done; gives it back if that was the end of its request. `durable` says that
+    /// no write may be answered without having been flushed.
+    pub(crate) fn settle(&mut self, done: Done, durable: bool) -> Option<Done> {
+        let owed = &mut self.by_slot[done.token.slot()];
+        if durable && std::mem::take(&mut owed.volatile) {
+            self.owing += usize::from(owed.is_nothing());
+            owed.flush = true;
         }
-        if done.status != Status::Ok {
-            next.ranges.clear();
-            next.flush = false;
-            self.waiting -= 1;
-            return Err(done);
+        if owed.is_nothing() {
+            return Some(done);
         }
-        let (kind, Range { offset, len }) = match next.ranges.pop() {
-            Some(range) => range,
-            None => {
-                next.flush = false;
+        if done.status == Status::Ok {
+            self.due.push_back(done.token);
+            return None;
+        }
+        owed.ranges.clear();
+        owed.flush = false;
+        self.owing -= 1;
+        Some(done)
+    }
+
+    /// Appends operations that are due to `ops`, until `bytes` are used up. False if there is none.
+    pub(crate) fn start(&mut self, bytes: &mut u64, ops: &mut Vec<Op>) -> bool {
+        while *bytes > 0
+            && let Some(token) = self.due.pop_front()
+        {
+            let owed = &mut self.by_slot[token.slot()];
+            let (kind, Range { offset, len }) = owed.ranges.pop().unwrap_or_else(|| {
+                owed.flush = false;
                 (OpKind::Flush, Range { offset: 0, len: 0 })
+            });
+            if owed.is_nothing() {
+                self.owing -= 1;
             }
-        };
-        if next.ranges.is_empty() && !next.flush {
-            self.waiting -= 1;
+            *bytes = bytes.saturating_sub(len.max(OP_BYTES_MIN));
+            ops.push(Op { token, kind, offset, len });
         }
-        Ok(Op { token: done.token, kind, offset, len })
+        !ops.is_empty()
     }
 }

@@ -23,7 +23,7 @@ mod stats;
 mod worker;
 
 pub use backend::{Backend, BackendError, Channel, ChannelBuilder, Done, Geometry, Op, OpKind, Status};
-pub use device::{Blk, Options, OptionsError};
+pub use device::{Blk, Options, OptionsError, ResizeError};
 pub use rate::RateLimit;
 pub use spec::{Spec, SpecError};
 pub use stats::Counters;

@@ -1,8 +1,12 @@
 //! Limits on requests and bytes per second, for a device and all its queues together.
 
+use std::io;
 use std::num::NonZeroU64;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use reactor::{RateAccount, Ticks};
+use rustix::event::{EventfdFlags, eventfd};
 
 /// The most a device may do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,6 +33,18 @@ const REQUESTS_PER_BURST_MAX: u64 = 8;
 pub(crate) struct Limiter {
     requests: RateAccount,
     bytes: RateAccount,
+    /// Of the queues, one each.
+    bells: Mutex<Vec<Weak<OwnedFd>>>,
+}
+
+/// Rings when the limits were replaced: a queue that pauses for the old ones need not wait any longer.
+pub(crate) struct LimitBell(Arc<OwnedFd>);
+
+impl LimitBell {
+    /// Becomes readable, edge by edge.
+    pub(crate) fn fd(&self) -> RawFd {
+        self.0.as_raw_fd()
+    }
 }
 
 impl Limiter {
@@ -38,10 +54,27 @@ impl Limiter {
         limiter
     }
 
-    /// Replaces the limits, for what is taken from now on.
+    /// Replaces the limits, for what is taken from now on, and ends the pauses for the old ones.
     pub(crate) fn set(&self, limit: RateLimit) {
         self.requests.set(limit.iops, limit.burst_ms);
         self.bytes.set(limit.bytes_per_s, limit.burst_ms);
+        self.bells.lock().unwrap_or_else(PoisonError::into_inner).retain(|bell| {
+            let bell = bell.upgrade();
+            // Nobody reads it: each write is an edge, and 2^64 of them nobody makes.
+            bell.as_ref().is_some_and(|bell| rustix::io::write(bell, &1u64.to_ne_bytes()).is_ok())
+        });
+    }
+
+    /// For a queue, to hear of new limits.
+    ///
+    /// # Errors
+    /// There is no descriptor left.
+    pub(crate) fn bell(&self) -> io::Result<LimitBell> {
+        let bell = Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);
+        let mut bells = self.bells.lock().unwrap_or_else(PoisonError::into_inner);
+        bells.retain(|bell| bell.strong_count() > 0);
+        bells.push(Arc::downgrade(&bell));
+        Ok(LimitBell(bell))
     }
 
     /// Whether anything is limited.

@@ -12,6 +12,7 @@ use crate::backend::{Channel, ChannelBuilder, Done, Op, OpKind, Status, Unreacha
 use crate::config::features;
 use crate::device::Shared;
 use crate::follow::FollowUps;
+use crate::rate::LimitBell;
 use crate::request::{self, Range, RangeKind, Request};
 use crate::stats::{Counters, Stats};
 
@@ -23,6 +24,8 @@ const BURST_MAX: u32 = 16;
 const LARGE_BURST_MAX: u32 = 4;
 /// What is large.
 const LARGE_BYTES: u64 = 64 << 10;
+/// Bytes that operations which follow others may be about in a turn of a queue that is drained.
+const DRAIN_BYTES_MAX: u64 = 512 << 10;
 
 /// When writes that are done must be durable.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -57,6 +60,7 @@ pub(crate) struct Worker {
     channel: Box<dyn Channel>,
     queue: Queue,
     shared: Arc<Shared>,
+    limit_bell: LimitBell,
     durable: Durable,
     /// Operations given to the channel and not back yet.
     started: usize,
@@ -71,6 +75,7 @@ pub(crate) struct Worker {
     tokens: Vec<Token>,
     /// For the channel. What is left in it after a turn could not be taken.
     ops: Vec<Op>,
+    /// From the channel, and what was over at once.
     done: Vec<Done>,
     /// Empty but within `follow_up`.
     over: Vec<Done>,
@@ -83,6 +88,7 @@ impl Worker {
         queue: Queue,
         channel: ChannelBuilder,
         shared: Arc<Shared>,
+        limit_bell: LimitBell,
         offered: u64,
         stats: Arc<Stats>,
     ) -> Self {
@@ -117,6 +123,7 @@ impl Worker {
             ranges: Vec::with_capacity(request::RANGES_MAX),
             queue,
             shared,
+            limit_bell,
         }
     }
 
@@ -134,9 +141,17 @@ impl Worker {
         let admitted = self.shared.limiter.admit(now);
         if admitted.is_err() {
             self.throttled = true;
-            self.turn.throttled += 1;
+            // At once: the next answer, with which the turn's figures go, is what the pause holds back.
+            self.stats.add(&Counters { throttled: 1, ..Counters::default() });
         }
         admitted.map(|most| quota.min(most))
+    }
+
+    /// Whether the driver has switched to write-through. A write that was begun before and is done now is flushed, too:
+    /// the flush of the switch did not cover it, and the driver will send none.
+    #[inline(always)]
+    fn was_switched(&self) -> bool {
+        self.durable == Durable::AsConfigured && !self.shared.writeback()
     }
 
     /// Takes up to `quota` requests from the ring and sorts them into operations and answers. Returns how many.
@@ -147,11 +162,8 @@ impl Worker {
             return 0;
         }
         let disk = self.shared.disk();
-        let write_through = match self.durable {
-            Durable::AfterFlush => false,
-            Durable::AtOnce => true,
-            Durable::AsConfigured => !self.shared.writeback(),
-        };
+        let may_change = self.durable == Durable::AsConfigured;
+        let write_through = self.durable == Durable::AtOnce || self.was_switched();
         let Self { queue, tokens, ops, done, turn, follow_ups, ranges, shared, .. } = self;
         let taken = tokens.len() as u32;
         let mut bytes = 0;
@@ -173,6 +185,8 @@ impl Worker {
                             turn.written_bytes += len;
                             if write_through {
                                 follow_ups.add_flush(&token);
+                            } else if may_change {
+                                follow_ups.add_volatile(&token);
                             }
                         }
                         _ => turn.others += 1,
@@ -192,13 +206,12 @@ impl Worker {
                 Request::Ranges { kind, count } => {
                     turn.others += 1;
                     let flush = write_through && kind == RangeKind::WriteZeroes;
-                    let begun = match request::ranges(kind, count, &chain, &disk, ranges) {
-                        Ok(()) => follow_ups.begin(token, ranges, flush),
-                        Err(status) => Err(Done { token, status }),
-                    };
-                    match begun {
-                        Ok(op) => ops.push(op),
-                        Err(over) => done.push(over),
+                    if may_change && kind == RangeKind::WriteZeroes {
+                        follow_ups.add_volatile(&token);
+                    }
+                    match request::ranges(kind, count, &chain, &disk, ranges) {
+                        Ok(()) => done.extend(follow_ups.begin(token, ranges, flush)),
+                        Err(status) => done.push(Done { token, status }),
                     }
                 }
             }
@@ -231,38 +244,37 @@ impl Worker {
         }
     }
 
-    /// Starts what follows on operations that are done, until nothing does or the channel takes no more.
+    /// Starts what follows on operations that are done, up to `bytes` but at least one, as long as the channel takes all.
+    /// Leaves in `done` what is the end of its request.
     #[cold]
-    fn follow_up(&mut self) {
-        // Each round is one of a request's ranges, or its flush.
-        for _ in 0..=request::RANGES_MAX {
-            let waiting = self.ops.len();
+    fn follow_up(&mut self, bytes: u64) {
+        let mut bytes = bytes.max(1);
+        loop {
+            let durable = self.was_switched();
             let Self { done, over, ops, follow_ups, .. } = self;
-            for done in done.drain(..) {
-                match follow_ups.after(done) {
-                    Ok(op) => ops.push(op),
-                    Err(done) => over.push(done),
-                }
-            }
-            done.append(over);
-            if ops.len() == waiting {
-                return;
+            over.extend(done.drain(..).filter_map(|done| follow_ups.settle(done, durable)));
+            if !ops.is_empty() || !follow_ups.start(&mut bytes, ops) {
+                break;
             }
             self.submit();
         }
+        std::mem::swap(&mut self.done, &mut self.over);
     }
 
     /// Answers what is done and shows it to the driver. Returns how many.
     #[inline(always)]
-    fn finish(&mut self) -> u32 {
+    fn finish(&mut self, bytes: u64) -> u32 {
+        if self.follow_ups.any() || (!self.done.is_empty() && self.was_switched()) {
+            self.follow_up(bytes);
+        }
         if self.done.is_empty() {
             return 0;
         }
-        if self.follow_ups.any() {
-            self.follow_up();
-        }
-        let Self { queue, done, used, turn, .. } = self;
+        let Self { queue, done, used, turn, follow_ups, .. } = self;
+        let any_owe = follow_ups.any();
         used.extend(done.drain(..).map(|Done { token, status }| {
+            // The next request in its slot would have to do the rest of this one.
+            assert!(!any_owe || !follow_ups.owes(&token), "a request with work left is not answered");
             let writable = queue.chain(&token).writable;
             // All of it counts as written, since the status byte is the last.
             let written = u32::try_from(total_len(writable)).unwrap_or(u32::MAX);
@@ -279,6 +291,11 @@ impl Worker {
         queue.publish();
         self.stats.add(&std::mem::take(turn));
         finished
+    }
+
+    /// Whether a request waits only for a turn of this thread.
+    fn waits_for_turn(&self) -> bool {
+        if self.ops.is_empty() { self.follow_ups.is_due() } else { self.started == 0 }
     }
 }
 
@@ -297,7 +314,8 @@ impl Poller for Worker {
                 Err(later) => work.wake_at = Some(later),
             }
         }
-        work.done += self.finish();
+        work.done += self.finish(budget.bytes);
+        work.more |= self.follow_ups.is_due() && self.ops.is_empty();
         work
     }
 
@@ -307,8 +325,7 @@ impl Poller for Worker {
         let held_back = self.throttled || !self.ops.is_empty();
         let requests = !held_back && self.queue.arm();
         let completions = self.channel.arm();
-        let backlog = !self.ops.is_empty() && self.started == 0;
-        requests || completions || backlog
+        requests || completions || self.waits_for_turn()
     }
 
     fn disarm(&mut self) {
@@ -317,13 +334,18 @@ impl Poller for Worker {
     }
 
     fn wake_fds(&self) -> Vec<RawFd> {
-        self.queue.kick_fd().into_iter().chain(self.channel.completion_fd()).collect()
+        let fds = [self.queue.kick_fd(), self.channel.completion_fd(), Some(self.limit_bell.fd())];
+        fds.into_iter().flatten().collect()
+    }
+
+    fn awaits_completion(&self) -> bool {
+        self.started > 0
     }
 
     fn drain(&mut self, _now: Ticks) -> bool {
         self.reap();
         self.submit();
-        self.finish();
+        self.finish(DRAIN_BYTES_MAX);
         self.queue.in_flight() == 0
     }
 }

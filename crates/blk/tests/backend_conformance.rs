@@ -176,7 +176,10 @@ fn a_long_random_history_matches_a_model() {
                     );
                     model[from..from + len].fill(0);
                 }
-                5 if geometry.flush => assert_eq!(rig.status(FLUSH, 0, &[], 0), OK, "{context}"),
+                5 if geometry.flush => {
+                    assert_eq!(rig.status(FLUSH, 0, &[], 0), OK, "{context}");
+                    case.backend.flush().unwrap();
+                }
                 _ => {
                     let first = random.below(len as u64) as usize;
                     let sizes =
@@ -261,14 +264,14 @@ fn a_sleeping_thread_is_woken_by_completions() {
                 if !rig.poller.arm() {
                     assert_eq!(
                         fds.len(),
-                        1,
+                        2,
                         "{}: something is in flight, so there is something to wait for",
                         case.name
                     );
                     sleeps += 1;
                     assert!(sleeps < 100, "{}: woken again and again for nothing", case.name);
                     let mut events = Vec::with_capacity(4);
-                    let limit = Timespec { tv_sec: 20, tv_nsec: 0 };
+                    let limit = Timespec { tv_sec: 120, tv_nsec: 0 };
                     let woken = epoll::wait(&watch, spare_capacity(&mut events), Some(&limit)).unwrap();
                     assert_eq!(woken, 1, "{}: nobody wakes the thread", case.name);
                 }

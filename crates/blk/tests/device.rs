@@ -11,7 +11,7 @@ use blk::backends::{memory, null::Null};
 use blk::config::features;
 use blk::{
     Backend, BackendError, Blk, Channel, ChannelBuilder, Done, Geometry, Op, OpKind, Options, RateLimit,
-    Status,
+    ResizeError, Status,
 };
 use fake::{
     BUDGET, DISCARD, FLUSH, GET_ID, IN, IO_ERROR, OK, OUT, Rig, Ring, SECURE_ERASE, UNSUPPORTED,
@@ -253,6 +253,27 @@ fn resizing_shows_on_all_queues_and_tells_the_driver() {
 }
 
 #[test]
+fn growing_loses_nothing_and_no_size_is_less_than_a_block() {
+    let options = Options { logical_block_bytes: 4096, ..Options::default() };
+    let disk = Blk::new(memory_disk(), options).unwrap();
+    let refused = disk.grow(16 * MIB - 1).unwrap_err();
+    assert!(matches!(refused, ResizeError::Loses { from, to } if (from, to) == (16 * MIB, 16 * MIB - 512)));
+    assert_eq!(
+        disk.grow(8 * MIB).unwrap_err().to_string(),
+        "going from 16777216 to 8388608 bytes would destroy the last 8388608 bytes and what is in them"
+    );
+    for bytes in [0, 64, 4095] {
+        let less = format!("a size of {} bytes is less than one block, which has 4096", bytes / 512 * 512);
+        assert_eq!(disk.grow(bytes).unwrap_err().to_string(), less);
+        assert_eq!(disk.resize(Some(bytes)).unwrap_err().to_string(), less);
+    }
+    assert_eq!(disk.bytes(), 16 * MIB, "nothing was changed");
+    assert_eq!(disk.grow(16 * MIB).unwrap(), 16 * MIB);
+    assert_eq!(disk.grow(17 * MIB).unwrap(), 17 * MIB);
+    assert_eq!(disk.resize(Some(MIB)).unwrap(), MIB);
+}
+
+#[test]
 fn limits_hold_back_requests_and_say_until_when() {
     let rate = RateLimit { iops: NonZeroU64::new(1000), bytes_per_s: None, burst_ms: 0 };
     let disk = Arc::new(Blk::new(Arc::new(Null::new(MIB)), Options { rate, ..Options::default() }).unwrap());
@@ -411,6 +432,17 @@ fn only_the_cache_mode_can_be_written() {
         assert!(disk.write_config(offset, &vec![0; len]).is_err(), "{len} bytes at {offset}");
     }
     disk.write_config(32, &[0]).unwrap();
+}
+
+#[test]
+fn a_disk_has_whole_blocks() {
+    let options = || Options { logical_block_bytes: 4096, ..Options::default() };
+    let capacity = |disk: &Blk| u64::from_le_bytes(disk.config()[..8].try_into().unwrap());
+    let disk = Blk::new(Arc::new(Null::new(MIB + 3584)), options()).unwrap();
+    assert_eq!(capacity(&disk), MIB / 512);
+    assert_eq!(disk.resize(Some(MIB + 4608)).unwrap(), MIB + 4096);
+    assert_eq!(capacity(&disk), MIB / 512 + 8);
+    assert!(Blk::new(Arc::new(Null::new(3584)), options()).is_err(), "not one block");
 }
 
 #[test]

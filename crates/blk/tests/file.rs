@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use blk::backends::file::{Direct, Engine, File, FileOptions};
-use blk::{Backend, Blk, Options};
+use blk::{Backend, Blk, Options, ResizeError};
 use fake::{DISCARD, FLUSH, IN, IO_ERROR, OK, OUT, Rig, Ring, pattern, range};
 use virtio::Device;
 
@@ -129,4 +129,16 @@ fn the_page_cache_can_be_kept() {
     drop(auto);
     let off = File::open(&file.0, FileOptions { direct: Direct::Off, ..FileOptions::default() }).unwrap();
     assert!(!off.is_direct());
+}
+
+#[test]
+fn growing_cuts_nothing_off_a_file_that_was_grown_by_another() {
+    let file = Scratch::on_disk("grown", 1 << 20);
+    let disk = Blk::new(Arc::new(File::open(&file.0, FileOptions::default()).unwrap()), Options::default());
+    let disk = disk.unwrap();
+    std::fs::File::options().write(true).open(&file.0).unwrap().set_len(3 << 20).unwrap();
+    assert!(matches!(disk.grow(2 << 20), Err(ResizeError::Loses { from, .. }) if from == 3 << 20));
+    assert_eq!(std::fs::metadata(&file.0).unwrap().len(), 3 << 20);
+    assert_eq!(disk.grow(4 << 20).unwrap(), 4 << 20);
+    assert_eq!(std::fs::metadata(&file.0).unwrap().len(), 4 << 20);
 }

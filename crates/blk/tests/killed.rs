@@ -141,7 +141,7 @@ fn an_image_is_locked_until_the_kernel_is_done_with_it() {
     let image = Scratch::new("image");
     let start = |disk: &File| disk.channel(&Arc::new(Memory::default()), 8).unwrap();
     for _ in 0..ROUNDS {
-        // Opened before, so that only the lock is waited for: some file systems let nobody look for holes meanwhile.
+        // Opened before, so that only the lock is waited for.
         let options = FileOptions { lock: Lock::Late, ..FileOptions::default() };
         let disk = File::open(&image.0, options).unwrap();
         let remains = Remains::of("an_image_is_locked_until_the_kernel_is_done_with_it", &image.0, false);
@@ -150,6 +150,28 @@ fn an_image_is_locked_until_the_kernel_is_done_with_it() {
     // And as a service is started again: it is not refused.
     let remains = Remains::of("an_image_is_locked_until_the_kernel_is_done_with_it", &image.0, false);
     remains.watch(|| start(&File::open(&image.0, FileOptions::default()).unwrap()));
+}
+
+/// QEMU looks at bytes of its own.
+#[test]
+fn qemu_is_kept_out_until_the_kernel_is_done_with_an_image() {
+    be_the_victim_if_asked();
+    let qemu_io =
+        |image: &Path| Command::new("qemu-io").args(["-f", "raw", "-c", "write 512 512"]).arg(image).output();
+    if qemu_io(Path::new("/dev/null")).is_err() {
+        return needs::skip("no qemu-io");
+    }
+    let image = Scratch::new("qemu");
+    let test = "qemu_is_kept_out_until_the_kernel_is_done_with_an_image";
+    for _ in 0..ROUNDS {
+        let remains = Remains::of(test, &image.0, false);
+        let deadline = Instant::now() + Duration::from_secs(60);
+        remains.watch(|| {
+            while !qemu_io(&image.0).unwrap().status.success() {
+                assert!(Instant::now() < deadline, "nobody uses it any more");
+            }
+        });
+    }
 }
 
 /// Of an image that nobody writes, the lock keeps nobody away.

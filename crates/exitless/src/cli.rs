@@ -12,7 +12,7 @@ use crate::size::Size;
 
 const EXIT_CODES: &str = "\
 Exit codes:
-  0  it did what was asked; for a service: it was told to end by SIGTERM or SIGINT, and drained
+  0  it did what was asked; for a service: it was told to end by SIGTERM, SIGINT or SIGHUP, and drained
   1  it failed, or a second signal ended it before it had drained, or it had not drained after 30 s
   2  the command line or the configuration file is wrong";
 
@@ -60,11 +60,13 @@ Examples:
     exitless ctl --control /run/exitless.sock list
     exitless ctl --control /run/exitless.sock stats --json
     exitless ctl --control /run/exitless.sock resize --device vm1-disk 16G
+    exitless ctl --control /run/exitless.sock resize --device vm1-disk 8G --shrink
     exitless ctl --control /run/exitless.sock limit --device vm1-disk --iops 5000
 
 A command is one line of JSON on the socket, and so is its answer:
     {\"command\":\"resize\",\"device\":\"vm1-disk\",\"bytes\":17179869184}
-    {\"resized\":{\"device\":\"vm1-disk\",\"bytes\":17179869184}}";
+    {\"resized\":{\"device\":\"vm1-disk\",\"bytes\":17179869184}}
+To shrink a disk takes \"shrink\":true, and \"force\":true while a guest is connected.";
 
 const RUN_EXAMPLES: &str = "\
 Examples:
@@ -169,13 +171,20 @@ pub enum CtlCommand {
     List,
     /// What queues and I/O threads have done since they started.
     Stats,
-    /// Change the size of a disk while it is in use.
+    /// Change the size of a disk while it is in use. A new size has reached the disk when the command ends.
     Resize {
         /// The disk's name.
         #[arg(long, value_name = "NAME")]
         device: String,
-        /// The new size; without it, the disk takes over the size that its file has been given.
+        /// The new size, in bytes or with a unit: 64G. Without it, the disk takes over the size that its file has been
+        /// given.
         size: Option<Size>,
+        /// Let the size be smaller than it is. What is cut off is destroyed.
+        #[arg(long, requires = "size")]
+        shrink: bool,
+        /// With --shrink: even while a guest is connected.
+        #[arg(long, requires = "shrink")]
+        force: bool,
     },
     /// Change what a disk may do per second. What is not given is not limited.
     Limit {

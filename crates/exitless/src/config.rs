@@ -185,7 +185,7 @@ impl Table<'_> {
     }
 }
 
-/// A key and its value as the argument they stand for; None for a switch that is off.
+/// A key and its value as the argument they stand for; None for a switch that is off, and for an empty list.
 fn argument(
     command: &Command,
     path: &str,
@@ -207,6 +207,8 @@ fn argument(
         };
     }
     let text = match (value.get_ref(), option.get_value_delimiter()) {
+        // A list of nothing is nothing given.
+        (DeValue::Array(items), Some(_)) if items.is_empty() => return Ok(None),
         (DeValue::Array(items), Some(delimiter)) => {
             let items: Option<Vec<_>> = items.iter().map(|item| scalar(item.get_ref())).collect();
             items.map(|items| items.join(&delimiter.to_string()))

@@ -4,8 +4,9 @@ use std::num::{NonZeroU16, NonZeroU64};
 use std::sync::Arc;
 
 use anyhow::{Context, anyhow};
-use blk::{Blk, RateLimit};
+use blk::{Blk, RateLimit, ResizeError};
 use rng::Rng;
+use vhost_user::ServerHandle;
 use virtio::Device;
 
 use crate::control::BlkStats;
@@ -61,14 +62,40 @@ impl AnyDevice {
         self.as_blk().map(Blk::bytes)
     }
 
+    /// How many descriptors each queue that runs takes for the device.
+    pub(crate) fn queue_descriptors(&self) -> u64 {
+        self.as_blk().map_or(0, |disk| disk.queue_descriptors().into())
+    }
+
     /// A disk's counters.
     pub(crate) fn blk_stats(&self) -> Option<BlkStats> {
         self.as_blk().map(|disk| disk.counters().into())
     }
 
-    /// Changes a disk's size, and returns what it is then.
-    pub(crate) fn resize(&self, bytes: Option<u64>) -> anyhow::Result<u64> {
-        Ok(self.blk_or_refuse()?.resize(bytes)?)
+    /// Changes a disk's size, and returns what it is then. Where that destroys something, only if told to `shrink` it,
+    /// and while `server` has no front end, or by `force`.
+    pub(crate) fn resize(
+        &self,
+        bytes: Option<u64>,
+        shrink: bool,
+        force: bool,
+        server: &ServerHandle,
+    ) -> anyhow::Result<u64> {
+        let disk = self.blk_or_refuse()?;
+        // What was taken off the storage from outside is lost already.
+        let Some(bytes) = bytes else { return Ok(disk.resize(None)?) };
+        let loses = match disk.grow(bytes) {
+            Err(loses @ ResizeError::Loses { .. }) => loses,
+            result => return Ok(result?),
+        };
+        let resize = || Ok(disk.resize(Some(bytes))?);
+        match (shrink, force) {
+            (false, _) => Err(anyhow!("{loses}; --shrink does that (a size without unit is in bytes)")),
+            (true, true) => resize(),
+            (true, false) => server.unless_connected(resize).unwrap_or_else(|| {
+                Err(anyhow!("{loses}, and a guest is connected; --force does it all the same"))
+            }),
+        }
     }
 
     /// Replaces a disk's limits.

@@ -1,6 +1,6 @@
 //! How the program ends when it does not end well.
 
-use std::fmt;
+use std::fmt::{self, Write as _};
 
 /// Why the program gives up. The kinds differ in whose move it is next, and in the exit code.
 #[derive(Debug)]
@@ -37,12 +37,45 @@ impl Failure {
 impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (Self::Usage(error) | Self::Runtime(error)) = self;
-        write!(f, "{error:#}")
+        f.write_str(&chain(error))
     }
+}
+
+/// An error and its causes, each said once: many messages end with their cause's already.
+pub(crate) fn chain(error: &anyhow::Error) -> String {
+    let mut text = error.to_string();
+    for cause in error.chain().skip(1).map(ToString::to_string) {
+        if !text.ends_with(&cause) {
+            let _ = write!(text, ": {cause}");
+        }
+    }
+    text
 }
 
 impl From<anyhow::Error> for Failure {
     fn from(error: anyhow::Error) -> Self {
         Self::Runtime(error)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use anyhow::anyhow;
+
+    use super::*;
+
+    #[derive(Debug, thiserror::Error)]
+    #[error("cannot open a: {source}")]
+    struct SaysItsCause {
+        source: std::io::Error,
+    }
+
+    #[test]
+    fn every_cause_is_said_once() {
+        let source = std::io::Error::from_raw_os_error(2);
+        let cause = source.to_string();
+        let error = anyhow::Error::new(SaysItsCause { source }).context("device `a`");
+        assert_eq!(Failure::from(error).to_string(), format!("device `a`: cannot open a: {cause}"));
+        assert_eq!(chain(&anyhow!("b").context("a")), "a: b");
     }
 }

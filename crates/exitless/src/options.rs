@@ -126,7 +126,7 @@ pub struct BlkOptions {
     /// `file`: direct=auto|on|off, engine=auto|uring|inline, lock=on|late|off, fixed-buffers=on|off, sqpoll=MS.
     /// `qcow2`: direct=on|off, backing=on|off, lock=on|off, threads=COUNT. `mem`: huge=on|off.
     ///
-    /// lock=on keeps the image for this service. lock=late opens one that another service uses, and takes it when its
+    /// lock=on keeps the image for this service, and QEMU and its tools from writing it. lock=late opens one that another service uses, and takes it when its
     /// guest arrives by live migration. lock=off lets anybody write it at any time.
     #[arg(long, value_name = "SPEC", display_order = 1)]
     pub backend: Spec,

@@ -1,9 +1,9 @@
 //! A service: devices behind their sockets, from the first one that is ready to the last request that is completed.
 
+use std::fs;
 use std::num::NonZeroU16;
 use std::os::fd::AsFd;
-use std::os::unix::fs::chown;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context, anyhow};
@@ -17,13 +17,18 @@ use virtio::QueueSet;
 use crate::control::{self, ControlSocket, DeviceInfo, DeviceStats, QueueStats, Request, Response, Stats};
 use crate::device::{AnyDevice, withheld};
 use crate::drain::{ControlThreads, DRAIN_MAX};
-use crate::failure::Failure;
+use crate::failure::{Failure, chain};
 use crate::group;
 use crate::metrics::{self, MetricsSocket};
 use crate::options::{DeviceOptions, ServiceOptions, SocketOptions};
 use crate::report::{Event, Ready, Reporter};
 use crate::stop::StopSignals;
 
+/// What a connected front end takes: its connection, and one region of memory.
+const CONNECTION_DESCRIPTORS: u64 = 2;
+/// What each queue takes besides what its device does: its kick and its call.
+const QUEUE_DESCRIPTORS: u64 = 2;
+const NO_THREAD: &str = "cannot start a thread";
 /// Permissions of a socket unless told otherwise: its owner's.
 const SOCKET_MODE: u32 = 0o600;
 
@@ -34,29 +39,33 @@ pub(crate) fn serve(options: ServiceOptions, devices: Vec<DeviceOptions>) -> Res
     let mut signals = StopSignals::install().context("cannot catch signals")?;
     allow_descriptors();
     let machine = Machine::read();
-    let first = interrupts::cpus_of_disks(devices.iter().filter_map(DeviceOptions::path));
+    // Storage that does not answer keeps whoever looks at it.
+    let paths: Vec<_> = devices.iter().filter_map(DeviceOptions::path).map(Path::to_owned).collect();
+    let find = move || interrupts::cpus_of_disks(paths.iter().map(PathBuf::as_path));
+    let Some(first) = signals.unless_asked(find).context(NO_THREAD)? else {
+        return end_early(signals, reporter);
+    };
     let wish = Wish { cpus: options.cpus, first, threads: None };
-    let pool = reactor::Options { wish: wish.clone(), ..reactor::Options::default() };
+    let polls = devices.iter().any(|device| device.socket().poll == Mode::Poll);
+    let pool = reactor::Options { wish: wish.clone(), polls, ..reactor::Options::default() };
     let pool = Arc::new(Pool::start_on(&machine, pool).map_err(Failure::usage)?);
     let queues = queues_by_default(&wish);
 
-    let mut servers = Vec::new();
-    let mut board = Vec::new();
     let stop = Arc::new(
         eventfd(0, EventfdFlags::CLOEXEC)
             .map_err(|errno| anyhow!(errno).context("cannot make an eventfd"))?,
     );
-    for device in &devices {
-        let (entry, server) = Entry::open(device, queues, &pool)?;
-        board.push(entry);
-        servers.push((device.socket().name(), server));
-    }
+    let Some(opened) = open_all(devices, queues, &pool, &signals)? else {
+        return end_early(signals, reporter);
+    };
+    let (board, servers): (Vec<_>, Vec<_>) = opened.into_iter().unzip();
+    enough_descriptors(&board)?;
     let control = options.control.as_deref().map(ControlSocket::listen).transpose()?;
     let metrics = options.metrics.as_ref().map(MetricsSocket::listen).transpose()?;
     let mut threads = ControlThreads::new();
-    for (name, server) in servers {
+    for (entry, server) in board.iter().zip(servers) {
         let (stop, ended) = (stop.clone(), signals.handle());
-        threads.start(name, move || {
+        threads.start(entry.name.clone(), move || {
             // If it ends before it is told to, the service does too.
             let _ended = ended;
             server.run(stop.as_fd())
@@ -90,6 +99,47 @@ pub(crate) fn serve(options: ServiceOptions, devices: Vec<DeviceOptions>) -> Res
     }
     reporter.tell(&Event::Stopped);
     Ok(())
+}
+
+/// Makes the devices and their sockets; None if a signal came first.
+fn open_all(
+    devices: Vec<DeviceOptions>,
+    queues: NonZeroU16,
+    pool: &Arc<Pool>,
+    signals: &StopSignals,
+) -> Result<Option<Vec<(Entry, Server)>>, Failure> {
+    let mut all = Vec::new();
+    for device in devices {
+        let pool = pool.clone();
+        let open = move || Entry::open(&device, queues, &pool);
+        let Some(opened) = signals.unless_asked(open).context(NO_THREAD)? else { return Ok(None) };
+        all.push(opened?);
+    }
+    Ok(Some(all))
+}
+
+/// Ends a service that is not ready: nothing is in flight.
+fn end_early(mut signals: StopSignals, reporter: Reporter) -> Result<(), Failure> {
+    if let Some(signal) = signals.wait() {
+        reporter.tell(&Event::Stopping { signal });
+    }
+    reporter.tell(&Event::Stopped);
+    Ok(())
+}
+
+/// Refuses devices whose queues cannot all run at once, instead of the guest that is the first to need too many.
+fn enough_descriptors(board: &[Entry]) -> Result<(), Failure> {
+    let Some(limit) = getrlimit(Resource::Nofile).current else { return Ok(()) };
+    let open = fs::read_dir("/proc/self/fd").map_or(0, Iterator::count) as u64;
+    let more: u64 = board.iter().map(|entry| CONNECTION_DESCRIPTORS + entry.queue_descriptors()).sum();
+    if open + more <= limit {
+        return Ok(());
+    }
+    let queues: u32 = board.iter().map(|entry| u32::from(entry.device.device().queues())).sum();
+    Err(Failure::Runtime(anyhow!(
+        "{queues} queues need at least {} open files, and the limit is {limit}: raise it (ulimit -Hn, LimitNOFILE=)",
+        open + more
+    )))
 }
 
 /// Lets this process have as many descriptors as it may: every queue takes a few, and every device one for each
@@ -160,14 +210,17 @@ impl Entry {
         let set = QueueSet::new(device.device(), pool.clone(), socket.poll, name.clone());
         let mut at = vhost_user::Options::new(&socket.socket);
         at.socket_mode = socket.socket_mode.unwrap_or(SOCKET_MODE);
+        at.socket_group = group;
         at.without = withheld(options);
         // Where nobody sleeps, a page that guests write to instead of kicking saves them the exit.
         at.host_notifier = socket.poll == Mode::Poll;
         let server = Server::new(set, &at).with_context(|| format!("device `{name}`"))?;
-        if let Some(group) = group {
-            give_to_group(&socket.socket, group)?;
-        }
         Ok((Self { name, options: socket, device, server: server.handle() }, server))
+    }
+
+    /// How many descriptors its queues take, at the least.
+    fn queue_descriptors(&self) -> u64 {
+        u64::from(self.device.device().queues()) * (QUEUE_DESCRIPTORS + self.device.queue_descriptors())
     }
 
     fn info(&self) -> DeviceInfo {
@@ -202,11 +255,6 @@ impl Entry {
     }
 }
 
-fn give_to_group(socket: &Path, group: u32) -> anyhow::Result<()> {
-    chown(socket, None, Some(group))
-        .with_context(|| format!("cannot give {} to group {group}", socket.display()))
-}
-
 /// Everything that commands are about.
 struct Board {
     devices: Vec<Entry>,
@@ -218,14 +266,14 @@ impl Board {
         let answer = match request {
             Request::List => Ok(Response::Devices(self.devices())),
             Request::Stats => Ok(Response::Stats(self.stats())),
-            Request::Resize { device, bytes } => {
-                self.on(&device, |found| found.resize(bytes)).map(|bytes| Response::Resized { device, bytes })
-            }
+            Request::Resize { device, bytes, shrink, force } => self
+                .on(&device, |found| found.device.resize(bytes, shrink, force, &found.server))
+                .map(|bytes| Response::Resized { device, bytes }),
             Request::Limit { device, iops, bytes_per_s } => self
-                .on(&device, |found| found.limit(iops, bytes_per_s))
+                .on(&device, |found| found.device.limit(iops, bytes_per_s))
                 .map(|()| Response::Limited { device }),
         };
-        answer.unwrap_or_else(|error| Response::Error(format!("{error:#}")))
+        answer.unwrap_or_else(|error| Response::Error(chain(&error)))
     }
 
     fn devices(&self) -> Vec<DeviceInfo> {
@@ -240,11 +288,11 @@ impl Board {
     }
 
     /// Does something to the device of that name.
-    fn on<T>(&self, name: &str, act: impl FnOnce(&AnyDevice) -> anyhow::Result<T>) -> anyhow::Result<T> {
+    fn on<T>(&self, name: &str, act: impl FnOnce(&Entry) -> anyhow::Result<T>) -> anyhow::Result<T> {
         let found = self.devices.iter().find(|entry| entry.name == name).ok_or_else(|| {
             let names: Vec<_> = self.devices.iter().map(|entry| format!("`{}`", entry.name)).collect();
             anyhow!("there is no device `{name}`; there are {}", names.join(", "))
         })?;
-        act(&found.device).with_context(|| format!("device `{name}`"))
+        act(found).with_context(|| format!("device `{name}`"))
     }
 }

@@ -70,7 +70,12 @@ fn commands_to_a_service_are_understood() {
     assert!(matches!(command("--json stats"), (CtlCommand::Stats, true)));
     assert!(matches!(
         command("resize --device a 16G").0,
-        CtlCommand::Resize { device, size: Some(size) } if device == "a" && size.0.get() == 16 << 30
+        CtlCommand::Resize { device, size: Some(size), shrink: false, force: false }
+            if device == "a" && size.0.get() == 16 << 30
+    ));
+    assert!(matches!(
+        command("resize --device a 8G --shrink --force").0,
+        CtlCommand::Resize { size: Some(_), shrink: true, force: true, .. }
     ));
     assert!(matches!(command("resize --device a").0, CtlCommand::Resize { size: None, .. }));
     assert!(matches!(
@@ -92,6 +97,8 @@ fn refusals_say_what_is_allowed() {
         (&format!("{disk} --block-size 1024"), vec!["possible values: 512, 4096"]),
         (&format!("{disk} --without packed,msi"), vec!["'msi'", "packed, event-idx, indirect, in-order, mq"]),
         ("rng --socket /s --without mq", vec!["possible values: packed, event-idx, indirect, in-order]"]),
+        ("ctl --control /c resize --device a --shrink", vec!["<SIZE>"]),
+        ("ctl --control /c resize --device a 1G --force", vec!["--shrink"]),
         (&format!("{disk} --queues 0"), vec!["'0' for '--queues <COUNT>'", "at least 1"]),
         (&format!("{disk} --cpus 5-2"), vec!["range `5-2` runs backwards"]),
         (&format!("{disk} --bandwidth 5X"), vec!["a unit K, M, G or T"]),

@@ -42,7 +42,7 @@ fn a_file_has_the_options_of_the_command_line_as_keys() {
             [[blk]]
             socket = "/run/three.sock"
             backend = "null:1G"
-            without = "mq"
+            without = []
             poll = "notify"
         "#,
     )

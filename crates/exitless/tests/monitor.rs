@@ -78,6 +78,19 @@ impl Case {
         assert_eq!(result["errors"], 0, "{options}: {result}");
         (result, machine.measured().expect("the guest marks what it measures"))
     }
+
+    /// The same for `ms`, and for longer until the machine has found time for requests.
+    #[track_caller]
+    fn run_for(&self, mut ms: u64, options: &str) -> (Value, Snapshot) {
+        loop {
+            let (result, measured) = self.run(&format!("job=blk ms={ms} {options}"));
+            if number(&result, "requests") > 0 {
+                return (result, measured);
+            }
+            ms *= 4;
+            assert!(ms < 60_000, "{options}: not one request: {result}");
+        }
+    }
 }
 
 fn number(result: &Value, name: &str) -> u64 {
@@ -92,14 +105,13 @@ fn every_byte_is_right_in_both_formats_and_all_modes() {
     for mode in [Mode::Notify, Mode::Hybrid, Mode::Poll] {
         for (ring, jobs, irq) in [("split", 1, 0), ("split", 2, 1), ("packed", 2, 0), ("packed", 1, 1)] {
             let case = Case { mode, ..Case::default() };
-            let options = format!("job=blk ms=100 verify=1 rw=randread ring={ring} jobs={jobs} irq={irq}");
-            let (result, measured) = case.run(&options);
+            let options = format!("verify=1 rw=randread ring={ring} jobs={jobs} irq={irq}");
+            let (result, measured) = case.run_for(100, &options);
             assert!(number(&result, "verified_bytes") > 0, "{mode} {options}: {result}");
             let requests = number(&result, "requests");
-            assert!(requests > 0 && measured.requests() >= requests, "{mode} {options}: {measured:?}");
+            assert!(measured.requests() >= requests, "{mode} {options}: {measured:?}");
             assert_eq!(measured.vcpus.len(), 2);
-            let write = format!("job=blk ms=50 rw=randwrite ring={ring} jobs={jobs} irq={irq}");
-            assert!(number(&case.run(&write).0, "requests") > 0);
+            case.run_for(50, &format!("rw=randwrite ring={ring} jobs={jobs} irq={irq}"));
         }
     }
 }
@@ -110,8 +122,7 @@ fn steady_state_has_no_kicks_interrupts_and_exits_of_ours() {
         return;
     }
     let case = Case { cpus: 1, queues: 1, mode: Mode::Poll, ..Case::default() };
-    let (result, measured) = case.run("job=blk ms=500 irq=0");
-    assert!(number(&result, "requests") > 0);
+    let (result, measured) = case.run_for(500, "irq=0");
     if measured.threads.iter().all(|thread| thread.sleeps == 0) {
         assert_eq!(number(&result, "kicks"), 0, "{result}");
         assert_eq!(measured.interrupts(), 0);
@@ -127,7 +138,7 @@ fn a_guest_that_ignores_suppression_rings_for_nothing_once_its_page_is_mapped() 
     }
     for doorbells in [DoorbellMode::Map, DoorbellMode::Adaptive] {
         let case = Case { cpus: 1, queues: 1, mode: Mode::Poll, doorbells };
-        let (result, measured) = case.run("job=blk ms=500 irq=0 kick=always");
+        let (result, measured) = case.run_for(500, "irq=0 kick=always");
         assert!(number(&result, "kicks") > 0);
         if measured.threads.iter().all(|thread| thread.sleeps == 0) {
             // As many as it takes to pay for a change, and those that came while it was made.
@@ -135,7 +146,7 @@ fn a_guest_that_ignores_suppression_rings_for_nothing_once_its_page_is_mapped() 
         }
     }
     let case = Case { cpus: 1, queues: 1, mode: Mode::Notify, doorbells: DoorbellMode::Trap };
-    let (_, measured) = case.run("job=blk ms=200 irq=0 kick=always");
+    let (_, measured) = case.run_for(200, "irq=0 kick=always");
     assert!(measured.kicks() > 0 && measured.queues.iter().all(|queue| queue.doorbell.maps == 0));
 }
 
@@ -147,9 +158,7 @@ fn doorbells_that_come_and_go_lose_nothing() {
     // Notify sleeps after every burst, so the page is mapped and unmapped around each.
     for (mode, ring) in [(Mode::Notify, "split"), (Mode::Hybrid, "packed")] {
         let case = Case { mode, doorbells: DoorbellMode::Map, ..Case::default() };
-        let options = format!("job=blk ms=300 jobs=2 qd=2 irq=1 verify=1 ring={ring}");
-        let (result, measured) = case.run(&options);
-        assert!(number(&result, "requests") > 0);
+        let (_, measured) = case.run_for(300, &format!("jobs=2 qd=2 irq=1 verify=1 ring={ring}"));
         assert!(measured.queues.iter().all(|queue| queue.doorbell.maps > 0), "{measured:?}");
     }
 }
@@ -159,10 +168,16 @@ fn a_machine_is_paused_and_resumed_under_load() {
     if !needs::kvm() {
         return;
     }
+    // A machine that this thread finds no time to pause before its end is no reason to fail; ten are.
+    assert!((0..10).any(|_| pauses_under_load() > 0));
+}
+
+/// How often a machine was paused before it had done its job.
+fn pauses_under_load() -> u32 {
     let console = Console::default();
     let machine = Case::default().machine("job=blk ms=600 jobs=2 irq=1 verify=1", &console);
     let over = AtomicBool::new(false);
-    thread::scope(|scope| {
+    let pauses = thread::scope(|scope| {
         let running = scope.spawn(|| {
             let outcome = machine.run();
             over.store(true, Ordering::Release);
@@ -179,10 +194,11 @@ fn a_machine_is_paused_and_resumed_under_load() {
                 pauses += 1;
             }
         }
-        assert!(pauses > 0);
         assert_eq!(running.join().unwrap().unwrap(), Outcome::Exit(0), "{}", console.text());
+        pauses
     });
     assert_eq!(console.result()["errors"], 0);
+    pauses
 }
 
 #[test]

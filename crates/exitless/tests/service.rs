@@ -6,13 +6,17 @@ use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 use std::{fs, thread};
 
+use blk::Backend;
+use blk::backends::file::{File, FileOptions, Lock};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
+use virtio::Memory;
 
 /// How long anything may take before the test gives up.
 const LIMIT: Duration = Duration::from_secs(60);
@@ -62,7 +66,18 @@ struct Service {
 
 impl Service {
     fn start(arguments: &[&str]) -> Self {
-        let mut command = exitless(arguments);
+        Self::spawn(exitless(arguments))
+    }
+
+    /// The same from a shell that has run `before`.
+    fn start_after(before: &str, arguments: &[&str]) -> Self {
+        let mut command = Command::new("sh");
+        command.args(["-c", &format!("{before}; exec \"$0\" \"$@\""), env!("CARGO_BIN_EXE_exitless")]);
+        command.args(arguments);
+        Self::spawn(command)
+    }
+
+    fn spawn(mut command: Command) -> Self {
         let piped = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = piped.spawn().unwrap();
         let (sender, lines) = channel();
@@ -89,16 +104,25 @@ impl Service {
 
     /// The next line that starts like that.
     fn line(&self, start: &str) -> String {
+        self.lines_until(start).pop().unwrap()
+    }
+
+    /// The lines up to the next one that starts like that.
+    fn lines_until(&self, start: &str) -> Vec<String> {
+        self.lines_until_one(|line| line.starts_with(start))
+    }
+
+    fn lines_until_one(&self, is_it: impl Fn(&str) -> bool) -> Vec<String> {
         let deadline = Instant::now() + LIMIT;
         let mut seen = Vec::new();
-        loop {
+        while !seen.last().is_some_and(|line: &String| is_it(line)) {
             let left = deadline.saturating_duration_since(Instant::now());
             match self.lines.recv_timeout(left) {
-                Ok(line) if line.starts_with(start) => return line,
                 Ok(line) => seen.push(line),
-                Err(error) => panic!("no line `{start}…` ({error}) among {seen:#?}"),
+                Err(error) => panic!("no such line ({error}) among {seen:#?}"),
             }
         }
+        seen
     }
 
     fn event(&self) -> Value {
@@ -112,6 +136,11 @@ impl Service {
     /// Tells it to end, and returns its exit code.
     fn end(&mut self, signal: Signal) -> Option<i32> {
         kill_process(self.pid(), signal).unwrap();
+        self.code()
+    }
+
+    /// Waits for its end, and returns its exit code.
+    fn code(&mut self) -> Option<i32> {
         let deadline = Instant::now() + LIMIT;
         loop {
             if let Some(status) = self.child.try_wait().unwrap() {
@@ -313,6 +342,95 @@ fn a_running_service_can_be_asked_and_told_things() {
 }
 
 #[test]
+fn a_disk_is_made_smaller_only_by_somebody_who_means_it() {
+    const KEPT: u64 = 1 << 20;
+    let scratch = Scratch::new();
+    let (socket, control, image) =
+        (scratch.path("disk.sock"), scratch.path("c.sock"), scratch.path("disk.raw"));
+    fs::write(&image, vec![7; 2 << 20]).unwrap();
+    let backend = format!("file:{image}");
+    let arguments =
+        ["blk", "--socket", &socket, "--backend", &backend, "--control", &control, "--name", "vm1"];
+    let service = Service::start(&arguments);
+    service.line("control: ");
+    let size = || fs::metadata(&image).unwrap().len();
+    let resize = |arguments: &[&str]| {
+        let output =
+            output(&[&["ctl", "--control", &control, "resize", "--device", "vm1"], arguments].concat());
+        (output.status.code(), text(&output.stdout).to_owned() + text(&output.stderr))
+    };
+    // A unit that was forgotten, a size that is less than a block whatever is said, and one that is smaller.
+    for bytes in ["64", "511"] {
+        for flags in [&[][..], &["--shrink"], &["--shrink", "--force"]] {
+            let (code, refusal) = resize(&[&[bytes], flags].concat());
+            assert_eq!(code, Some(1));
+            assert!(refusal.contains("less than one block"), "{refusal}");
+        }
+    }
+    let loses = "error: device `vm1`: going from 2097152 to 1048576 bytes would destroy the last 1048576 bytes \
+        and what is in them";
+    let (code, refusal) = resize(&["1M"]);
+    assert_eq!(code, Some(1));
+    assert_eq!(refusal, format!("{loses}; --shrink does that (a size without unit is in bytes)\n"));
+    let guest = UnixStream::connect(&socket).unwrap();
+    let connected = || output(&["ctl", "--control", &control, "list", "--json"]).stdout;
+    let deadline = Instant::now() + LIMIT;
+    while !text(&connected()).contains(&format!("\"peer_pid\":{}", std::process::id())) {
+        assert!(Instant::now() < deadline, "the front end is not seen");
+    }
+    let (code, refusal) = resize(&["1M", "--shrink"]);
+    assert_eq!(code, Some(1));
+    assert_eq!(refusal, format!("{loses}, and a guest is connected; --force does it all the same\n"));
+    assert_eq!(size(), 2 << 20, "nothing was changed");
+    // To grow it takes nothing of that.
+    assert_eq!(resize(&["3M", "--shrink"]).0, Some(0));
+    assert_eq!(resize(&["2M", "--shrink", "--force"]).0, Some(0));
+    assert_eq!(size(), 2 << 20);
+    drop(guest);
+    while resize(&["1M", "--shrink"]).0 != Some(0) {
+        assert!(Instant::now() < deadline, "the front end is not gone");
+    }
+    assert_eq!(size(), KEPT);
+    assert_eq!(fs::read(&image).unwrap(), vec![7; KEPT as usize]);
+}
+
+#[test]
+fn a_service_that_was_stopped_is_not_waited_for_long() {
+    let scratch = Scratch::new();
+    let control = scratch.path("c.sock");
+    let service = Service::ready(&scratch.path("a.sock"), &["--control", &control, "--name", "vm1"]);
+    service.line("control: ");
+    kill_process(service.pid(), Signal::STOP).unwrap();
+    for command in [&["list"][..], &["resize", "--device", "vm1", "2G"]] {
+        let silent = output(&[&["ctl", "--control", &control], command].concat());
+        assert_eq!(silent.status.code(), Some(1));
+        let reason =
+            "no answer for 5 s: the service is stopped, or hangs; it may still do what it was told\n";
+        assert!(text(&silent.stderr).ends_with(reason), "{}", text(&silent.stderr));
+    }
+    kill_process(service.pid(), Signal::CONT).unwrap();
+}
+
+#[test]
+fn a_disk_that_is_larger_than_memory_is_warned_of() {
+    for (size, warned) in [("1M", false), ("20T", true)] {
+        let scratch = Scratch::new();
+        let service = Service::start(&[
+            "blk",
+            "--socket",
+            &scratch.path("a.sock"),
+            "--backend",
+            &format!("mem:{size}"),
+        ]);
+        let mut said = String::new();
+        while !said.contains("ready: ") {
+            said += &service.line("");
+        }
+        assert_eq!(said.contains("larger than this host's memory and swap"), warned, "{said}");
+    }
+}
+
+#[test]
 fn an_idle_service_stays_small() {
     const RESIDENT_KIB_MAX: u64 = 16 << 10;
     let scratch = Scratch::new();
@@ -367,6 +485,7 @@ fn a_mistake_of_the_callers_has_an_exit_code_of_its_own() {
         let missing = output(&["blk", "--socket", socket, "--backend", backend]);
         assert_eq!(missing.status.code(), Some(1), "{socket} {backend}");
         assert!(text(&missing.stderr).contains("/no/such/"), "{}", text(&missing.stderr));
+        assert_eq!(text(&missing.stderr).matches("No such file").count(), 1, "{}", text(&missing.stderr));
     }
 }
 
@@ -376,5 +495,154 @@ fn help_and_completions_go_to_stdout() {
         let result = output(&arguments);
         assert_eq!(result.status.code(), Some(0), "{arguments:?}");
         assert!(!result.stdout.is_empty() && result.stderr.is_empty(), "{arguments:?}");
+    }
+}
+
+#[test]
+fn a_terminal_that_goes_ends_a_service_unless_it_was_started_to_stay() {
+    let scratch = Scratch::new();
+    let socket = scratch.path("a.sock");
+    let arguments = ["blk", "--socket", &socket, "--backend", "null:1G"];
+    let mut stays = Service::start_after("trap '' HUP", &arguments);
+    stays.line("ready: ");
+    kill_process(stays.pid(), Signal::HUP).unwrap();
+    assert_eq!(stays.end(Signal::TERM), Some(0));
+    stays.line("stopping: SIGTERM");
+    if is_ignored(Signal::HUP) {
+        return needs::skip("SIGHUP is ignored here, and a shell cannot change that");
+    }
+    let mut goes = Service::start(&arguments);
+    goes.line("ready: ");
+    assert_eq!(goes.end(Signal::HUP), Some(0));
+    goes.line("stopping: SIGHUP");
+    goes.line("stopped: ");
+}
+
+/// Whether this process has a signal ignored, and so those that it starts.
+fn is_ignored(signal: Signal) -> bool {
+    let status = fs::read_to_string("/proc/self/status").unwrap();
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:")).unwrap();
+    u64::from_str_radix(mask.trim(), 16).unwrap() >> (signal.as_raw() - 1) & 1 == 1
+}
+
+#[test]
+fn a_service_that_waits_for_its_image_ends_when_it_is_told_to() {
+    let scratch = Scratch::new();
+    let (first, socket, image) = (scratch.path("first.sock"), scratch.path("a.sock"), scratch.path("a.raw"));
+    fs::File::create(&image).unwrap().set_len(1 << 20).unwrap();
+    // Held as a queue holds it that runs elsewhere.
+    let late = FileOptions { lock: Lock::Late, ..FileOptions::default() };
+    let user = File::open(Path::new(&image), late).unwrap();
+    let _running = user.channel(&Arc::new(Memory::default()), 8).unwrap();
+    let config = scratch.path("vm.toml");
+    let file = format!(
+        "[[blk]]\nsocket = '{first}'\nbackend = 'null:1G'\n[[blk]]\nsocket = '{socket}'\nbackend = 'file:{image}'\n"
+    );
+    fs::write(&config, file).unwrap();
+    let mut service = Service::start(&["serve", "--config", &config]);
+    service.lines_until_one(|line| line.contains("image locked: waiting"));
+    assert_eq!(service.end(Signal::TERM), Some(0));
+    service.line("stopping: SIGTERM");
+    service.line("stopped: ");
+    assert!(![first, socket].iter().any(|socket| Path::new(socket).exists()));
+}
+
+#[test]
+fn a_limit_of_file_sizes_fails_a_resize_and_not_the_service() {
+    let scratch = Scratch::new();
+    let (socket, control, image) = (scratch.path("a.sock"), scratch.path("c.sock"), scratch.path("a.raw"));
+    fs::File::create(&image).unwrap().set_len(1 << 20).unwrap();
+    let (backend, limit) = (format!("file:{image}"), "ulimit -f 4096");
+    let mut service = Service::start_after(
+        limit,
+        &["blk", "--socket", &socket, "--backend", &backend, "--control", &control],
+    );
+    service.line("control: ");
+    let resize = |size| output(&["ctl", "--control", &control, "resize", "--device", "a", size]);
+    let refused = resize("1G");
+    assert_eq!(refused.status.code(), Some(1));
+    assert!(text(&refused.stderr).contains("File too large"), "{}", text(&refused.stderr));
+    assert!(resize("2M").status.success());
+    assert_eq!(service.end(Signal::TERM), Some(0));
+}
+
+#[test]
+fn too_few_descriptors_are_refused_before_a_guest_comes() {
+    let scratch = Scratch::new();
+    let (socket, image) = (scratch.path("a.sock"), scratch.path("a.raw"));
+    fs::File::create(&image).unwrap().set_len(1 << 20).unwrap();
+    // For 100 queues too few in any case, and for a few enough.
+    let start = |queues| {
+        let backend = format!("file:{image},engine=uring");
+        let arguments = ["blk", "--socket", &socket, "--backend", &backend, "--queues", queues];
+        Service::start_after("ulimit -n 256", &arguments)
+    };
+    let mut refused = start("100");
+    let error = refused.line("error: ");
+    assert!(error.contains("100 queues need at least 4") && error.contains("the limit is 256"), "{error}");
+    assert_eq!(refused.code(), Some(1));
+    start("16").line("ready: ");
+}
+
+#[test]
+fn a_quota_is_mentioned_where_queues_are_polled() {
+    let folder = format!("exitless-{}", std::process::id());
+    let Some(group) = Quota::half_a_cpu(&folder) else { return };
+    let scratch = Scratch::new();
+    let socket = scratch.path("a.sock");
+    for (mode, mentioned) in [("poll", true), ("hybrid", false), ("notify", false)] {
+        let enter = format!("echo $$ > {}/cgroup.procs", group.0.display());
+        let arguments = ["blk", "--socket", &socket, "--backend", "null:1G", "--poll", mode];
+        let mut service = Service::start_after(&enter, &arguments);
+        let lines = service.lines_until("ready: ");
+        assert_eq!(lines.iter().any(|line| line.contains("CPU quota")), mentioned, "{mode}: {lines:#?}");
+        assert_eq!(service.end(Signal::TERM), Some(0));
+    }
+}
+
+/// A control group.
+struct Quota(PathBuf);
+
+impl Quota {
+    /// None if none can be made here.
+    fn half_a_cpu(name: &str) -> Option<Self> {
+        let version =
+            [("/sys/fs/cgroup/cpu", "cpu.cfs_quota_us", "50000"), ("/sys/fs/cgroup", "cpu.max", "50000")];
+        for (root, file, value) in version {
+            let path = Path::new(root).join(name);
+            if fs::create_dir(&path).is_ok() {
+                let group = Self(path);
+                if group.0.join(file).exists() && fs::write(group.0.join(file), value).is_ok() {
+                    return Some(group);
+                }
+            }
+        }
+        needs::skip("no control group with a CPU quota can be made");
+        None
+    }
+}
+
+impl Drop for Quota {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir(&self.0);
+    }
+}
+
+#[test]
+fn an_image_is_kept_from_qemu_while_nobody_is_connected() {
+    let scratch = Scratch::new();
+    let (socket, image) = (scratch.path("a.sock"), scratch.path("a.raw"));
+    fs::File::create(&image).unwrap().set_len(1 << 20).unwrap();
+    let qemu_io = || Command::new("qemu-io").args(["-f", "raw", "-c", "write 0 512", &image]).output();
+    if let Err(error) = qemu_io() {
+        return needs::skip(format_args!("no qemu-io: {error}"));
+    }
+    let backend = format!("file:{image}");
+    for signal in [Signal::TERM, Signal::KILL] {
+        let mut service = Service::start(&["blk", "--socket", &socket, "--backend", &backend]);
+        service.line("ready: ");
+        assert!(!qemu_io().unwrap().status.success(), "it writes what a service has");
+        service.end(signal);
+        assert!(qemu_io().unwrap().status.success(), "it is kept from what nobody has");
     }
 }

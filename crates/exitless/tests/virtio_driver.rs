@@ -25,17 +25,23 @@ struct Service {
 
 impl Service {
     fn start(name: &str) -> Self {
+        Self::start_after("true", name, "")
+    }
+
+    /// The same from a shell that has run `before`; `options` are the backend's.
+    fn start_after(before: &str, name: &str, options: &str) -> Self {
         let socket = std::env::temp_dir()
             .join(format!("exitless-vd-{}-{name}", std::process::id()))
             .display()
             .to_string();
         let disk = format!("{socket}.raw");
         std::fs::File::create(&disk).unwrap().set_len(DISK_BYTES as u64).unwrap();
-        let mut child = Command::new(env!("CARGO_BIN_EXE_exitless"))
+        let mut child = Command::new("sh")
+            .args(["-c", &format!("{before}; exec \"$0\" \"$@\""), env!("CARGO_BIN_EXE_exitless")])
             .args([
                 "blk",
                 "--backend",
-                &format!("file:{disk}"),
+                &format!("file:{disk}{options}"),
                 "--socket",
                 &socket,
                 "--queues",
@@ -156,4 +162,35 @@ fn split_rings_with_indirect_tables_and_event_index_carry_data() {
 #[test]
 fn packed_rings_carry_data() {
     carries_data("packed", VirtioFeatureFlags::VERSION_1 | VirtioFeatureFlags::RING_PACKED);
+}
+
+/// Beyond a limit of file sizes the kernel refuses a write, and sends a signal besides.
+#[test]
+fn a_write_beyond_the_limit_of_file_sizes_fails_alone() {
+    for engine in ["uring", "inline"] {
+        // 16 or 32 MiB: shells count in different units.
+        let service =
+            Service::start_after("ulimit -f 32768", &format!("limit-{engine}"), &format!(",engine={engine}"));
+        let features = VirtioFeatureFlags::VERSION_1.bits();
+        let mut transport: Box<VirtioBlkTransport> =
+            Box::new(VhostUser::new(&service.socket, features).unwrap());
+        let mut queues = VirtioBlkQueue::<usize>::setup_queues(&mut *transport, 1, 128).unwrap();
+        let (buffer, file) = Mapping::anonymous("buffer", REQUEST_BYTES as u64).unwrap();
+        let base = buffer.base().as_ptr();
+        transport.map_mem_region(base.addr(), REQUEST_BYTES, file.as_raw_fd(), 0).unwrap();
+        let notifier = transport.get_submission_notifier(0);
+        let mut write = |at: usize| {
+            // SAFETY: the buffer stays mapped and untouched until the completion, which is waited for.
+            unsafe { queues[0].write_raw(at as u64, base, REQUEST_BYTES, 0) }.unwrap();
+            notifier.notify().unwrap();
+            loop {
+                if let Some(completion) = queues[0].completions().next() {
+                    return completion.ret;
+                }
+                std::thread::yield_now();
+            }
+        };
+        let results = [0, DISK_BYTES - REQUEST_BYTES, 0].map(&mut write);
+        assert!(results[0] == 0 && results[1] != 0 && results[2] == 0, "{engine}: {results:?}");
+    }
 }

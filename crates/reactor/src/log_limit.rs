@@ -82,7 +82,7 @@ impl LogLimit {
     /// How many were left out in minutes that are over.
     fn take_left_out(&self, now: Ticks) -> u64 {
         let state = self.state.load(Ordering::Relaxed);
-        let is_full = state == now.0 / NS_PER_MINUTE << COUNT_BITS | PER_MINUTE_MAX;
+        let is_full = state == ((now.0 / NS_PER_MINUTE) << COUNT_BITS) | PER_MINUTE_MAX;
         if is_full { 0 } else { self.left_out.swap(0, Ordering::Relaxed) }
     }
 }

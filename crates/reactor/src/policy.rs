@@ -65,24 +65,93 @@ pub const WINDOW_NS_MAX: u64 = 100_000;
 pub const WINDOW_NS_START: u64 = 10_000;
 /// Below this a window is not worth having, less time than arming and sleeping takes, and it becomes 0.
 pub const WINDOW_NS_MIN: u64 = 2_500;
+/// Windows in vain in a row that are put down to a load that changes. One more, and polling is not what catches it.
+const VAIN_TOLERATED: u8 = 1;
+/// Windows in vain remembered; each beyond those tolerated doubles the notifications until the next try, up to 1024. A
+/// try costs a window of twice the gap, or [`WINDOW_NS_START`], so that tries in vain take less than 1 % of the time.
+const VAIN_MAX: u8 = 11;
+/// A turn that had nothing to do takes well under 1 µs, an interrupt in it a few. A thread that finds it took longer than
+/// this was off its CPU, where something else ran.
+pub const PREEMPTED_NS: u64 = 50_000;
 /// With a deadline nearer than this a thread polls on: a sleep would end later than that.
 pub const SLEEP_NS_MIN: u64 = 10_000;
 
-/// The window after work came `gap_ns` after the work before it.
+/// The time polled in vain before sleeping, and what polling has caught so far.
 ///
-/// A gap that fits into [`WINDOW_NS_MAX`] is a hit, caught by polling or missed narrowly: the window doubles until
-/// it is twice the gap. A longer one is a miss, where all polling was in vain: the window halves, down to 0. A
-/// guest that sends a request now and then is thus served by notifications alone after a few of them.
-#[must_use]
-pub fn window_after(window_ns: u64, gap_ns: u64) -> u64 {
-    if gap_ns > WINDOW_NS_MAX {
-        let halved = window_ns / 2;
-        if halved < WINDOW_NS_MIN { 0 } else { halved }
-    } else if gap_ns.saturating_mul(2) > window_ns {
-        (window_ns * 2).clamp(WINDOW_NS_START, WINDOW_NS_MAX)
-    } else {
-        window_ns
+/// The length follows the gaps between work, but gaps alone mislead: where the driver shares the thread's CPU, it
+/// cannot run while the thread polls, so work always comes just after the window, however long that is. So a window is
+/// judged by what it caught. One in vain is made longer, once; if that is in vain as well, the window closes and
+/// notifications serve alone, for more of them each time, until one is tried again. Each catch halves what was held
+/// against polling.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Window {
+    ns: u64,
+    /// Windows in vain, less what was caught since.
+    vain: u8,
+    /// Notifications until polling is tried again.
+    closed_for: u16,
+}
+
+impl Default for Window {
+    /// The window of a new poller.
+    fn default() -> Self {
+        Self { ns: WINDOW_NS_START, vain: 0, closed_for: 0 }
     }
+}
+
+impl Window {
+    /// Its length in ns; 0 while it is closed.
+    #[must_use]
+    #[inline]
+    pub fn ns(&self) -> u64 {
+        self.ns
+    }
+
+    /// Whether work that came `gap_ns` after the work before it was caught by polling.
+    #[must_use]
+    #[inline]
+    pub fn catches(&self, gap_ns: u64) -> bool {
+        gap_ns <= self.ns
+    }
+
+    /// The window after work came `gap_ns` after the work before it.
+    #[must_use]
+    pub fn after(self, gap_ns: u64) -> Self {
+        if self.catches(gap_ns) {
+            let ns = if gap_ns.saturating_mul(2) > self.ns { covering(gap_ns) } else { self.ns };
+            Self { ns, vain: self.vain / 2, closed_for: 0 }
+        } else if gap_ns - self.ns > WINDOW_NS_MAX {
+            // Nobody wanted anything for long. That says nothing about what polling catches when somebody does.
+            let halved = self.ns / 2;
+            Self { ns: if halved < WINDOW_NS_MIN { 0 } else { halved }, ..self }
+        } else if self.ns > 0 {
+            self.in_vain(gap_ns)
+        } else if self.closed_for > 0 {
+            Self { closed_for: self.closed_for - 1, ..self }
+        } else {
+            Self { ns: covering(gap_ns), ..self }
+        }
+    }
+
+    /// The window after the thread found that something else had taken its CPU, `waited_ns` after the last work.
+    #[must_use]
+    pub fn preempted(self, waited_ns: u64) -> Self {
+        if self.ns > 0 { self.in_vain(waited_ns) } else { self }
+    }
+
+    fn in_vain(self, gap_ns: u64) -> Self {
+        let vain = (self.vain + 1).min(VAIN_MAX);
+        if vain > VAIN_TOLERATED {
+            Self { ns: 0, vain, closed_for: 1 << (vain - 1) }
+        } else {
+            Self { ns: covering(gap_ns), vain, closed_for: 0 }
+        }
+    }
+}
+
+/// A window that catches gaps of this length with room to spare.
+fn covering(gap_ns: u64) -> u64 {
+    gap_ns.saturating_mul(2).clamp(WINDOW_NS_START, WINDOW_NS_MAX)
 }
 
 /// Until when a poller that last had work at `last_work` must be polled.
@@ -123,15 +192,11 @@ pub fn rest(now: Ticks, pollers: impl IntoIterator<Item = (Ticks, Option<Ticks>)
 }
 
 #[cfg(test)]
+mod simulation;
+
+#[cfg(test)]
 mod tests {
     use super::*;
-
-    fn settle(mut window_ns: u64, gap_ns: u64) -> u64 {
-        for _ in 0..64 {
-            window_ns = window_after(window_ns, gap_ns);
-        }
-        window_ns
-    }
 
     #[test]
     fn modes_read_as_they_print() {
@@ -140,22 +205,6 @@ mod tests {
         }
         let error = "Poll".parse::<Mode>().unwrap_err();
         assert_eq!(error.to_string(), "polling mode `Poll` is none of `notify`, `hybrid`, `poll`");
-    }
-
-    #[test]
-    fn the_window_grows_to_twice_a_gap_it_can_cover_and_no_further() {
-        assert_eq!(settle(0, 3_000), WINDOW_NS_START);
-        assert_eq!(settle(0, 15_000), 40_000);
-        assert_eq!(settle(0, WINDOW_NS_MAX), WINDOW_NS_MAX);
-        assert_eq!(settle(80_000, 1_000), 80_000, "a busy queue does not lose what it learned");
-    }
-
-    #[test]
-    fn the_window_of_rare_requests_shrinks_to_nothing() {
-        assert_eq!(window_after(WINDOW_NS_MAX, WINDOW_NS_MAX + 1), WINDOW_NS_MAX / 2);
-        assert_eq!(settle(WINDOW_NS_MAX, 1_000_000), 0);
-        assert_eq!(window_after(0, u64::MAX), 0);
-        assert_eq!(window_after(0, 20_000), WINDOW_NS_START, "and comes back with the load");
     }
 
     #[test]

@@ -79,6 +79,12 @@ pub trait Poller {
     /// [`check_peer_fd`](crate::check_peer_fd) first.
     fn wake_fds(&self) -> Vec<RawFd>;
 
+    /// Whether something was begun that completes without the driver: the thread keeps apart how long that takes and how
+    /// long requests take to come. Asked once each time that work ends.
+    fn awaits_completion(&self) -> bool {
+        false
+    }
+
     /// Takes no new requests, goes on completing those in flight, and returns true once none is left.
     fn drain(&mut self, now: Ticks) -> bool;
 }

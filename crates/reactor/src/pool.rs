@@ -27,6 +27,8 @@ pub struct Options {
     pub budget: Budget,
     /// Whether each thread is bound to its CPU. One that is not runs where the kernel puts it, which is for comparison.
     pub pin: bool,
+    /// Whether queues are to be polled for good. If not, nobody is told that only some of them could be.
+    pub polls: bool,
 }
 
 /// Packets and bytes that the kernel's vhost-net lets one queue have before it is another's turn
@@ -35,7 +37,13 @@ pub const BUDGET_DEFAULT: Budget = Budget { requests: 256, bytes: 0x80000 };
 
 impl Default for Options {
     fn default() -> Self {
-        Self { prefix: "io".to_owned(), wish: Wish::default(), budget: BUDGET_DEFAULT, pin: true }
+        Self {
+            prefix: "io".to_owned(),
+            wish: Wish::default(),
+            budget: BUDGET_DEFAULT,
+            pin: true,
+            polls: true,
+        }
     }
 }
 
@@ -93,7 +101,7 @@ impl Pool {
         /// Linux keeps 15 bytes of a thread's name; a dash and four digits must fit.
         const PREFIX_BYTES_MAX: usize = 10;
         let layout = placement::layout(machine, &options.wish)?;
-        for warning in &layout.warnings {
+        for warning in layout.warnings.iter().filter(|_| options.polls) {
             tracing::warn!("{warning}");
         }
         let _ = Clock::get();

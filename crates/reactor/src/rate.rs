@@ -35,11 +35,12 @@ impl RateAccount {
         new
     }
 
-    /// Replaces the limit, for what is taken from now on. 0 ms count as 1: without any burst, time would be lost
-    /// whenever somebody comes a little late.
+    /// Replaces the limit, for what is taken from now on: what the old one has still to be paid is forgotten. 0 ms count
+    /// as 1: without any burst, time would be lost whenever somebody comes a little late.
     pub fn set(&self, rate: Option<NonZeroU64>, burst_ms: u32) {
         self.burst.store(u64::from(burst_ms.max(1)) * 1_000_000 * PER_NS, Ordering::Relaxed);
-        self.rate.store(rate.map_or(0, NonZeroU64::get), Ordering::Relaxed);
+        self.rate.store(rate.map_or(0, NonZeroU64::get), Ordering::SeqCst);
+        self.due.store(0, Ordering::SeqCst);
     }
 
     /// Whether there is a limit.
@@ -77,7 +78,11 @@ impl RateAccount {
         if rate > 0 && units > 0 {
             let (now, cost) = (now.0.saturating_mul(PER_NS), cost(units, rate));
             let charged = |due: u64| Some(due.max(now).saturating_add(cost));
-            let _ = self.due.fetch_update(Ordering::Relaxed, Ordering::Relaxed, charged);
+            let _ = self.due.fetch_update(Ordering::SeqCst, Ordering::Relaxed, charged);
+            // Charged by a rate that was replaced meanwhile: either `set` has yet to clear the account, or it shows here.
+            if self.rate.load(Ordering::SeqCst) != rate {
+                self.due.store(0, Ordering::SeqCst);
+            }
         }
     }
 }
@@ -140,6 +145,15 @@ mod tests {
         assert_eq!(account.admit(Ticks(1), 64), Ok(64));
         account.charge(Ticks(1), 64);
         assert_eq!(account.admit(Ticks(2), 64), Err(Ticks(6_400_000_001)));
+    }
+
+    #[test]
+    fn a_new_limit_begins_without_the_debt_of_the_old_one() {
+        let account = account(1, 1);
+        account.charge(Ticks(1), 4096);
+        assert!(account.admit(Ticks(2), 0).is_err_and(|later| later > Ticks(4_000_000_000_000)));
+        account.set(NonZeroU64::new(1000), 10);
+        assert_eq!(account.admit(Ticks(2), 0), Ok(10));
     }
 
     proptest! {

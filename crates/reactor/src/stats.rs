@@ -94,7 +94,11 @@ counters!(PollerCounters, PollerStats,
         slips,
         /// Time in turns that did work for it, in ns.
         busy_ns,
-        /// How long it is now polled in vain before the thread sleeps, in ns (hybrid mode only).
+        /// Times work came while the thread polled for it (hybrid mode only).
+        catches,
+        /// Times the thread polled in vain until the window was over or something else took its CPU (hybrid mode only).
+        vain_windows,
+        /// How long it is now polled in vain for requests before the thread sleeps, in ns (hybrid mode only).
         window_ns,
     }
 );

@@ -3,15 +3,29 @@
 //! The front end asks for it once (GET_INFLIGHT_FD), keeps it, and hands it to whoever serves the device
 //! (SET_INFLIGHT_FD): to us before the rings start, to our successor if we die. There is one record for each queue,
 //! all of the same size, one after the other; what is in a record depends on the ring format that is negotiated.
+//!
+//! The memory also says whose driver it is about: the one whose requests stand there. It is new with each reset.
 
 use std::fs::File;
+use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use virtio::memory::{Mapping, MappingError};
+use virtio::memory::{Mapping, MappingError, Quota};
 use virtio::{Inflight, InflightError, RingFormat};
 
 use crate::request::InflightInfo;
+
+/// Which memory it is: device and inode of the file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct RecordId(u64, u64);
+
+impl RecordId {
+    pub(crate) fn of(fd: &OwnedFd) -> io::Result<Self> {
+        let stat = rustix::fs::fstat(fd)?;
+        Ok(Self(stat.st_dev, stat.st_ino))
+    }
+}
 
 /// The records of all queues.
 pub(crate) struct Records {
@@ -32,9 +46,15 @@ pub(crate) fn allocate(
 }
 
 impl Records {
-    pub(crate) fn map(info: InflightInfo, fd: &OwnedFd) -> Result<Self, MappingError> {
-        let mapping = Arc::new(Mapping::new(fd, info.offset, info.len)?);
+    pub(crate) fn map(quota: &Quota, info: InflightInfo, fd: &OwnedFd) -> Result<Self, MappingError> {
+        let mapping = Arc::new(Mapping::within(quota, fd, info.offset, info.len)?);
         Ok(Self { mapping, queues: info.queues, queue_size: info.queue_size })
+    }
+
+    /// Whether a service has used them before.
+    pub(crate) fn are_begun(&self, format: RingFormat) -> bool {
+        let stride = Inflight::bytes(format, self.queue_size);
+        (0..usize::from(self.queues)).any(|queue| Inflight::is_begun(self.mapping.clone(), queue * stride))
     }
 
     /// The record of a queue of `size` descriptors; None if the front end has none for it.

@@ -3,12 +3,17 @@
 //! A service that was killed leaves its socket file behind. Such a file is recognised by connecting to it, and
 //! replaced; one that somebody still listens on is refused, with their process ID; anything that is no socket is never
 //! touched. On exit the file is removed, if it is still ours.
+//!
+//! Others may be able to write to the folder. Once made, the file is looked up one time, without following a symbolic
+//! link, and what is given permissions and a group is what was found then: a socket of this user, or nothing.
 
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{FileType, Mode, chmod, fchmod, lstat, unlink};
+use rustix::fs::{
+    AtFlags, CWD, FileType, Gid, Mode, OFlags, chmod, chownat, fchmod, fstat, lstat, openat, unlink,
+};
 use rustix::io::Errno;
 use rustix::net::{
     AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen, socket_with, sockopt,
@@ -61,12 +66,21 @@ impl Listener {
     /// # Errors
     /// See [`ListenError`].
     pub fn new(path: &Path, mode: u32) -> Result<Self, ListenError> {
+        Self::for_group(path, mode, None)
+    }
+
+    /// The same, and gives the socket to a group.
+    ///
+    /// # Errors
+    /// See [`ListenError`].
+    pub fn for_group(path: &Path, mode: u32, group: Option<u32>) -> Result<Self, ListenError> {
         let system = |what| move |errno: Errno| system(what, path, errno);
         let address = SocketAddrUnix::new(path).map_err(system("use as the name of a socket"))?;
         let socket = stream_socket().map_err(system("make a socket for"))?;
         // The file is made with the permissions of the socket (less those in the umask), so that it never has more than
-        // it should.
-        fchmod(&socket, Mode::from_raw_mode(mode)).map_err(system("set the permissions of"))?;
+        // it should, and with the group of this process.
+        let first = if group.is_some() { mode & 0o700 } else { mode };
+        fchmod(&socket, Mode::from_raw_mode(first)).map_err(system("set the permissions of"))?;
         if let Err(errno) = bind(&socket, &address) {
             if errno != Errno::ADDRINUSE {
                 return Err(system("listen on")(errno));
@@ -74,10 +88,9 @@ impl Listener {
             remove_stale(path, &address)?;
             bind(&socket, &address).map_err(system("listen on"))?;
         }
-        let found = lstat(path).map_err(system("examine"))?;
-        let listener =
-            Self { socket: socket.into(), path: path.to_owned(), identity: (found.st_dev, found.st_ino) };
-        chmod(path, Mode::from_raw_mode(mode)).map_err(system("set the permissions of"))?;
+        let (file, identity) = find(path)?;
+        let listener = Self { socket: socket.into(), path: path.to_owned(), identity };
+        give(&file, mode, group).map_err(system("set the group and the permissions of"))?;
         listen(&listener.socket, BACKLOG).map_err(system("listen on"))?;
         Ok(listener)
     }
@@ -123,6 +136,32 @@ fn stream_socket() -> Result<OwnedFd, Errno> {
     socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK, None)
 }
 
+/// The socket file that was just made, and its device and inode.
+fn find(path: &Path) -> Result<(OwnedFd, (u64, u64)), ListenError> {
+    let system = |what| move |errno: Errno| system(what, path, errno);
+    let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let file = openat(CWD, path, flags, Mode::empty()).map_err(system("find"))?;
+    let found = fstat(&file).map_err(system("examine"))?;
+    let ours = FileType::from_raw_mode(found.st_mode) == FileType::Socket
+        && found.st_uid == rustix::process::geteuid().as_raw();
+    if ours {
+        Ok((file, (found.st_dev, found.st_ino)))
+    } else {
+        Err(ListenError::NotASocket { path: path.to_owned() })
+    }
+}
+
+fn give(file: &OwnedFd, mode: u32, group: Option<u32>) -> Result<(), Errno> {
+    if let Some(group) = group {
+        chownat(file, c"", None, Some(Gid::from_raw(group)), AtFlags::EMPTY_PATH)?;
+    }
+    if fstat(file)?.st_mode & 0o7777 == mode {
+        return Ok(());
+    }
+    // The only way to a descriptor of this kind that older systems have too.
+    chmod(format!("/proc/self/fd/{}", file.as_raw_fd()), Mode::from_raw_mode(mode))
+}
+
 /// Removes a socket file on which nobody listens.
 fn remove_stale(path: &Path, address: &SocketAddrUnix) -> Result<(), ListenError> {
     let system = |what| move |errno: Errno| system(what, path, errno);
@@ -153,4 +192,71 @@ fn remove_stale(path: &Path, address: &SocketAddrUnix) -> Result<(), ListenError
 
 fn system(what: &'static str, path: &Path, errno: Errno) -> ListenError {
     ListenError::System { what, path: path.to_owned(), source: errno.into() }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
+
+    use super::*;
+
+    struct Folder(PathBuf);
+
+    impl Folder {
+        fn new(name: &str) -> Self {
+            let path = std::env::temp_dir().join(format!("exitless-listener-{}-{name}", std::process::id()));
+            fs::create_dir_all(&path).unwrap();
+            Self(path)
+        }
+    }
+
+    impl Drop for Folder {
+        fn drop(&mut self) {
+            let _ = fs::remove_dir_all(&self.0);
+        }
+    }
+
+    #[test]
+    fn what_is_put_in_the_place_of_the_socket_is_left_alone() {
+        let folder = Folder::new("planted");
+        let (victim, planted) = (folder.0.join("victim"), folder.0.join("a.sock"));
+        fs::write(&victim, "").unwrap();
+        let other = UnixListener::bind(folder.0.join("other.sock")).unwrap();
+        for target in [victim.clone(), folder.0.join("other.sock")] {
+            symlink(&target, &planted).unwrap();
+            assert!(matches!(find(&planted), Err(ListenError::NotASocket { .. })), "{}", target.display());
+            fs::remove_file(&planted).unwrap();
+        }
+        assert!(matches!(find(&victim), Err(ListenError::NotASocket { .. })));
+        drop(other);
+    }
+
+    #[test]
+    fn what_was_found_stays_what_is_changed() {
+        let folder = Folder::new("swapped");
+        let (victim, socket) = (folder.0.join("victim"), folder.0.join("a.sock"));
+        fs::write(&victim, "").unwrap();
+        fs::set_permissions(&victim, fs::Permissions::from_mode(0o600)).unwrap();
+        let listener = Listener::new(&socket, 0o600).unwrap();
+        let (file, _) = find(&socket).unwrap();
+        fs::rename(&socket, folder.0.join("moved.sock")).unwrap();
+        symlink(&victim, &socket).unwrap();
+        give(&file, 0o666, Some(rustix::process::getegid().as_raw())).unwrap();
+        let mode = |path: &Path| fs::symlink_metadata(path).unwrap().mode() & 0o7777;
+        assert_eq!((mode(&victim), mode(&folder.0.join("moved.sock"))), (0o600, 0o666));
+        drop(listener);
+        assert!(fs::symlink_metadata(&socket).is_ok(), "no longer ours to remove");
+    }
+
+    #[test]
+    fn permissions_are_as_asked_whatever_the_umask() {
+        let folder = Folder::new("mode");
+        for mode in [0o600, 0o660, 0o666, 0o777] {
+            let path = folder.0.join(format!("{mode:o}.sock"));
+            let group = rustix::process::getegid().as_raw();
+            let _listener = Listener::for_group(&path, mode, Some(group)).unwrap();
+            assert_eq!(fs::symlink_metadata(&path).unwrap().mode() & 0o7777, mode);
+        }
+    }
 }

@@ -3,7 +3,7 @@
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use virtio::memory::{DirtyLog, Mapping, MappingError};
+use virtio::memory::{DirtyLog, Mapping, MappingError, Quota};
 use virtio::{GuestAddr, MemoryError, UsedLog};
 
 /// Why a dirty log was refused.
@@ -16,8 +16,8 @@ pub(crate) enum LogError {
 }
 
 /// Maps the log. It may be shorter than the guest's memory: the front end sizes it for what it tracks.
-pub(crate) fn map(fd: &OwnedFd, offset: u64, len: u64) -> Result<DirtyLog, LogError> {
-    let mapping = Mapping::new(fd, offset, len)?;
+pub(crate) fn map(quota: &Quota, fd: &OwnedFd, offset: u64, len: u64) -> Result<DirtyLog, LogError> {
+    let mapping = Mapping::within(quota, fd, offset, len)?;
     Ok(DirtyLog::new(Arc::new(mapping), 0, len as usize)?)
 }
 

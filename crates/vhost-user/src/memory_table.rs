@@ -6,14 +6,28 @@
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use virtio::memory::{Mapping, MappingError, REGIONS_MAX};
+use virtio::memory::{Mapping, MappingError, Quota, REGIONS_MAX};
 use virtio::{GuestAddr, Memory, MemoryError, Region};
 
 use crate::request::RegionInfo;
 
+/// The smallest region, in bytes: a page. Front ends share whole pages, and each region that a buffer lies in makes another
+/// piece of it.
+const REGION_BYTES_MIN: u64 = 4096;
+
 /// Why a change of the memory table was refused. The table is as it was.
 #[derive(Debug, thiserror::Error)]
 pub enum MemoryTableError {
+    /// A region of less than a page.
+    #[error(
+        "memory region at guest address {guest:#x} of {len} bytes: it must have at least {REGION_BYTES_MIN}"
+    )]
+    TooSmall {
+        /// Where the region was to be.
+        guest: u64,
+        /// Its size in bytes.
+        len: u64,
+    },
     /// The file cannot be mapped.
     #[error("memory region at guest address {guest:#x}: {source}")]
     Mapping {
@@ -44,8 +58,9 @@ struct Entry {
 }
 
 /// The memory table of a session. Every change makes a new [`Memory`]; queues hold on to the one they started with.
-#[derive(Default)]
 pub(crate) struct MemoryTable {
+    /// The device's share of the mappings in this process.
+    quota: Quota,
     entries: Vec<Entry>,
     memory: Arc<Memory>,
 }
@@ -59,20 +74,25 @@ impl MemoryTable {
         &self.memory
     }
 
-    /// A table of these regions.
-    pub(crate) fn new(regions: Vec<(RegionInfo, OwnedFd)>) -> Result<Self, MemoryTableError> {
-        Self::of(regions.into_iter().map(|(info, fd)| Entry::map(info, &fd)).collect::<Result<_, _>>()?)
+    /// A table of no regions.
+    pub(crate) fn new(quota: Quota) -> Self {
+        Self { quota, entries: Vec::new(), memory: Arc::default() }
+    }
+
+    /// A table of these regions instead.
+    pub(crate) fn replaced(&self, regions: Vec<(RegionInfo, OwnedFd)>) -> Result<Self, MemoryTableError> {
+        self.of(regions.into_iter().map(|(info, fd)| self.map(info, &fd)).collect::<Result<_, _>>()?)
     }
 
     /// The table with one more region.
     pub(crate) fn with(&self, info: RegionInfo, fd: &OwnedFd) -> Result<Self, MemoryTableError> {
-        // Before it is mapped: the number of mappings in the process is limited too.
+        // Before it is mapped: the number of mappings is limited too.
         if self.entries.len() >= REGIONS_MAX {
             return Err(MemoryError::TooManyRegions(self.entries.len() + 1).into());
         }
         let mut entries = self.entries.clone();
-        entries.push(Entry::map(info, fd)?);
-        Self::of(entries)
+        entries.push(self.map(info, fd)?);
+        self.of(entries)
     }
 
     /// The table without a region, which is named by its addresses and size.
@@ -82,7 +102,7 @@ impl MemoryTable {
         let at = self.entries.iter().position(same);
         let mut entries = self.entries.clone();
         entries.remove(at.ok_or(MemoryTableError::NoSuchRegion { guest, user, len })?);
-        Self::of(entries)
+        self.of(entries)
     }
 
     /// The guest address of a user address. Where the front end has two regions at the same user address, either
@@ -94,16 +114,17 @@ impl MemoryTable {
         })
     }
 
-    fn of(entries: Vec<Entry>) -> Result<Self, MemoryTableError> {
+    fn of(&self, entries: Vec<Entry>) -> Result<Self, MemoryTableError> {
         let memory = Arc::new(Memory::new(entries.iter().map(|e| e.region.clone()).collect())?);
-        Ok(Self { entries, memory })
+        Ok(Self { quota: self.quota.clone(), entries, memory })
     }
-}
 
-impl Entry {
-    fn map(info: RegionInfo, fd: &OwnedFd) -> Result<Self, MemoryTableError> {
-        let mapping = Mapping::new(fd, info.offset, info.len)
+    fn map(&self, info: RegionInfo, fd: &OwnedFd) -> Result<Entry, MemoryTableError> {
+        if info.len < REGION_BYTES_MIN {
+            return Err(MemoryTableError::TooSmall { guest: info.guest, len: info.len });
+        }
+        let mapping = Mapping::within(&self.quota, fd, info.offset, info.len)
             .map_err(|source| MemoryTableError::Mapping { guest: info.guest, source })?;
-        Ok(Self { info, region: Region::new(GuestAddr(info.guest), Arc::new(mapping))? })
+        Ok(Entry { info, region: Region::new(GuestAddr(info.guest), Arc::new(mapping))? })
     }
 }

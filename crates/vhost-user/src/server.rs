@@ -16,6 +16,7 @@ use rustix::io::Errno;
 use virtio::{QueueCounters, QueueSet};
 
 use crate::bell::Bell;
+use crate::inflight::RecordId;
 use crate::intake::{self, Link};
 use crate::listener::{ListenError, Listener};
 use crate::peer_log::{Kind, PeerLog};
@@ -40,6 +41,8 @@ pub struct Options {
     pub socket: PathBuf,
     /// Permissions of the socket file.
     pub socket_mode: u32,
+    /// Group of the socket file, if it is not to be this process's.
+    pub socket_group: Option<u32>,
     /// Virtio feature bits not to offer, whatever the device has. User-Mode Linux up to 6.x needs none withheld: its
     /// way of setting up packed rings is recognised.
     pub without: u64,
@@ -51,7 +54,13 @@ impl Options {
     /// A socket for this user only, and everything offered.
     #[must_use]
     pub fn new(socket: impl Into<PathBuf>) -> Self {
-        Self { socket: socket.into(), socket_mode: 0o600, without: 0, host_notifier: false }
+        Self {
+            socket: socket.into(),
+            socket_mode: 0o600,
+            socket_group: None,
+            without: 0,
+            host_notifier: false,
+        }
     }
 }
 
@@ -98,7 +107,9 @@ pub struct QueueStatus {
 /// What a server is doing.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Status {
-    /// The front end that has the device.
+    /// A front end has the device.
+    pub connected: bool,
+    /// Who that is, if the kernel knows.
     pub peer: Option<Peer>,
     /// Virtio features it has negotiated.
     pub features: u64,
@@ -118,6 +129,7 @@ pub struct Status {
 struct Shared {
     status: Mutex<Status>,
     queues: Arc<Mutex<QueueSet>>,
+    record: Arc<Mutex<Option<RecordId>>>,
 }
 
 impl Shared {
@@ -144,6 +156,13 @@ impl ServerHandle {
         }
         status
     }
+
+    /// Does something while no front end has the device, and keeps those away that would connect meanwhile; None if one
+    /// has it.
+    pub fn unless_connected<T>(&self, act: impl FnOnce() -> T) -> Option<T> {
+        let status = self.0.status();
+        (!status.connected).then(act)
+    }
 }
 
 /// Where a device says that its configuration has changed.
@@ -169,7 +188,7 @@ impl Server {
     pub fn new(queues: QueueSet, options: &Options) -> Result<Self, Error> {
         intake::start()
             .map_err(|source| Error::System { what: "start the thread for connections", source })?;
-        let listener = Listener::new(&options.socket, options.socket_mode)?;
+        let listener = Listener::for_group(&options.socket, options.socket_mode, options.socket_group)?;
         let bell = Bell::new().map_err(|e| Error::System { what: "make an eventfd", source: e.into() })?;
         let signals = Arc::new(Signals { bell: Arc::new(bell), config_changed: AtomicBool::new(false) });
         let device = queues.device().clone();
@@ -180,7 +199,11 @@ impl Server {
         })));
         let status =
             Status { queues: vec![QueueStatus::default(); device.queues().into()], ..Status::default() };
-        let shared = Shared { status: Mutex::new(status), queues: Arc::new(Mutex::new(queues)) };
+        let shared = Shared {
+            status: Mutex::new(status),
+            queues: Arc::new(Mutex::new(queues)),
+            record: Arc::default(),
+        };
         Ok(Self {
             listener,
             shared: Arc::new(shared),
@@ -323,13 +346,16 @@ impl Server {
             return Ok(None);
         }
         let link = intake::open(&stream)?;
+        let Shared { queues, record, .. } = &*self.shared;
         let session = Session::new(
-            self.shared.queues.clone(),
+            queues.clone(),
             self.session_options,
             self.signals.bell.clone(),
             self.log.clone(),
+            record.clone(),
         );
         let mut status = self.shared.status();
+        status.connected = true;
         status.peer = peer;
         status.sessions += 1;
         let replies = Replies::new(stream);
@@ -369,6 +395,7 @@ impl Server {
         // The queues first: whoever sees the connection closed finds the device free.
         drop(session);
         let mut status = self.shared.status();
+        status.connected = false;
         status.peer = None;
         status.features = 0;
         status.queues.fill(QueueStatus::default());

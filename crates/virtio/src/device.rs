@@ -97,8 +97,13 @@ pub trait Device: Send + Sync {
     /// Something that the queue needs cannot be had, after waiting for it for some seconds if that may help.
     fn start_queue(&self, queue: Queue) -> Result<PollerBuilder, NotReady>;
 
-    /// Forgets everything the driver set. All queues are stopped when it is called.
+    /// Forgets everything the driver set: a driver that knows of nothing reads the configuration space next. All queues
+    /// are stopped when it is called.
     fn reset(&self) {}
+
+    /// The driver was set up with another instance, which ended without handing over its state: what the driver has set
+    /// beyond the rings is not known.
+    fn take_over(&self) {}
 
     /// What another instance needs to go on where this one is, beyond the rings. All queues are stopped.
     fn save(&self) -> Vec<u8> {

@@ -13,7 +13,7 @@ pub enum Kick {
     Doorbell(Arc<dyn Doorbell>),
     /// The transport hears of it, and calls [`crate::QueueSet::wake`].
     Wake,
-    /// It does not: the queue is to be polled for good.
+    /// It does not: where the queue is not polled for good, it is looked at by a timer.
     Never,
 }
 

@@ -41,7 +41,11 @@ mod queue;
 #[cfg(feature = "std")]
 mod queue_set;
 #[cfg(feature = "std")]
+mod ring_log;
+#[cfg(feature = "std")]
 mod stats;
+#[cfg(feature = "std")]
+mod unkicked;
 
 #[cfg(feature = "std")]
 pub use call::{Call, EventFdCall, Trust};
@@ -52,8 +56,10 @@ pub use inflight::{Inflight, InflightError};
 #[cfg(feature = "std")]
 pub use kick::{Doorbell, Kick};
 #[cfg(feature = "std")]
-pub use queue::{ErrorHook, Queue, QueueConfig, QueueHandle, UsedLog};
+pub use queue::{ErrorHook, Queue, QueueConfig, QueueHandle};
 #[cfg(feature = "std")]
 pub use queue_set::{QueueSet, StartError};
+#[cfg(feature = "std")]
+pub use ring_log::UsedLog;
 #[cfg(feature = "std")]
 pub use stats::{QueueCounters, QueueStats};

@@ -10,14 +10,15 @@
 
 use std::collections::VecDeque;
 use std::os::fd::RawFd;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, Ordering, fence};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use crate::call::Call;
 use crate::inflight::Inflight;
 use crate::kick::Kick;
-use crate::memory::{DirtyLog, GuestAddr, Memory};
+use crate::memory::{DirtyLog, Memory};
 use crate::ring::{Chain, Chains, DeviceRing, RingConfig, RingError, RingState, Token, Used};
+use crate::ring_log::{RingLog, UsedLog};
 use crate::stats::{QueueCounters, QueueStats};
 
 /// How often chains are asked for, in vain or not, between two looks at the doorbell: some 10 µs of an idle loop, which
@@ -26,15 +27,6 @@ const POPS_PER_LOOK: u32 = 256;
 
 /// Called when a ring turns out to be broken.
 pub type ErrorHook = Box<dyn FnOnce(&RingError) + Send>;
-
-/// Where writes are logged for a migration.
-#[derive(Clone)]
-pub struct UsedLog {
-    /// The log.
-    pub log: DirtyLog,
-    /// Under which guest address the used ring is logged; None if it is not.
-    pub used_ring: Option<GuestAddr>,
-}
 
 /// All it takes to start a queue.
 pub struct QueueConfig {
@@ -113,7 +105,8 @@ pub struct Queue {
     call: Option<Arc<dyn Call>>,
     generation: u32,
     shared: Arc<Shared>,
-    log: Option<UsedLog>,
+    log: Option<DirtyLog>,
+    ring_log: Option<RingLog>,
     inflight: Option<Inflight>,
     in_order: Option<InOrder>,
     on_error: Option<ErrorHook>,
@@ -131,8 +124,13 @@ impl Queue {
         let QueueConfig { index, features, ring, mut state, memory, kick, call, log, mut inflight, on_error } =
             config;
         let poison_seen = Memory::poisonings();
+        let ring_log = log.as_ref().and_then(|log| RingLog::new(log, ring));
         if let Some(record) = &mut inflight {
-            state = Some(record.recover(&DeviceRing::new(&ring, &memory, None)?, state));
+            let found = record.recover(&DeviceRing::new(&ring, &memory, None)?, state)?;
+            if let Some(log) = &ring_log {
+                log.recovered(&found);
+            }
+            state = Some(found);
         }
         let shared = Arc::new(Shared { call: Mutex::new(call.clone()), ..Shared::default() });
         let queue = Self {
@@ -146,7 +144,8 @@ impl Queue {
             call,
             generation: 0,
             shared: shared.clone(),
-            log,
+            log: log.map(|log| log.log),
+            ring_log,
             inflight,
             in_order: ring.in_order.then(|| InOrder::new(ring.size)),
             on_error,
@@ -260,11 +259,15 @@ impl Queue {
     fn taken(&mut self, taken: &[Token], result: Result<(), RingError>) {
         if !taken.is_empty() {
             self.shared.stats.count_burst(taken.len() as u64);
+            if self.ring.suppression_ends() {
+                self.suppress_kicks();
+            }
             if let Some(order) = &mut self.in_order {
                 order.taken(taken);
             }
-            if Memory::poisonings() != self.poison_seen && self.memory().is_poisoned() {
-                self.break_ring(RingError::MemoryGone);
+            let poisonings = Memory::poisonings();
+            if poisonings != self.poison_seen {
+                self.look_for_poison(poisonings);
             }
         }
         if let Err(error) = result {
@@ -275,10 +278,15 @@ impl Queue {
     /// Gives chains back. The driver sees them after [`Queue::publish`].
     #[inline(always)]
     pub fn complete(&mut self, burst: impl Iterator<Item = Used>) {
-        if self.in_order.is_none() && self.log.is_none() && self.inflight.is_none() {
-            return self.ring.push_used(&mut self.chains, burst);
+        if self.in_order.is_some() || self.log.is_some() {
+            return self.complete_with_care(burst);
         }
-        self.complete_with_care(burst);
+        match &mut self.inflight {
+            None => self.ring.push_used(&mut self.chains, burst),
+            Some(record) => {
+                self.ring.push_used(&mut self.chains, burst.inspect(|used| record.put(&used.token)));
+            }
+        }
     }
 
     /// Completion with one of the rarer duties.
@@ -292,13 +300,17 @@ impl Queue {
             while let Some(used) = next.take() {
                 if let Some(log) = &self.log {
                     for segment in self.chains.get(&used.token).writable {
-                        log.log.mark_segment(self.chains.memory(), segment);
+                        log.mark_segment(self.chains.memory(), segment);
                     }
                 }
                 if let Some(record) = &mut self.inflight {
-                    record.put(&used.token, &self.chains);
+                    record.put(&used.token);
                 }
+                let at = self.ring.state().used;
                 self.ring.push_used(&mut self.chains, std::iter::once(used));
+                if let Some(log) = &mut self.ring_log {
+                    log.used(at);
+                }
                 next = self.in_order.as_mut().and_then(InOrder::next_ready);
             }
         }
@@ -316,8 +328,8 @@ impl Queue {
         if let Some(record) = &mut self.inflight {
             record.published(self.ring.state());
         }
-        if let Some(UsedLog { log, used_ring: Some(addr) }) = &self.log {
-            log.mark(*addr, 6 + 8 * u64::from(self.size));
+        if let Some(log) = &mut self.ring_log {
+            log.published();
         }
         if self.shared.generation.load(Ordering::Relaxed) != self.generation {
             self.refresh_call();
@@ -338,13 +350,27 @@ impl Queue {
         self.shared.stats.count_arm();
         // The doorbell first: whatever was written before it listens is in the ring when that is looked at.
         let rang = self.kick.listen();
-        !self.is_broken() && (self.ring.arm() || rang)
+        if self.is_broken() {
+            return false;
+        }
+        let waiting = self.ring.arm();
+        if let Some(log) = &self.ring_log {
+            log.armed();
+        }
+        waiting || rang
     }
 
     /// Asks for no kicks. One may still come.
     pub fn disarm(&mut self) {
-        self.ring.disarm();
+        self.suppress_kicks();
         self.kick.awake();
+    }
+
+    fn suppress_kicks(&mut self) {
+        self.ring.disarm();
+        if let Some(log) = &self.ring_log {
+            log.disarmed();
+        }
     }
 
     /// Stops taking chains for good: the ring, or what the device found in it, cannot be trusted.
@@ -355,6 +381,17 @@ impl Queue {
             && let Some(hook) = self.on_error.take()
         {
             hook(&error);
+        }
+    }
+
+    /// Some memory of this process was taken away, `poisonings` times so far.
+    #[cold]
+    fn look_for_poison(&mut self, poisonings: usize) {
+        // The mapping was marked before the number was raised.
+        fence(Ordering::Acquire);
+        self.poison_seen = poisonings;
+        if self.memory().is_poisoned() {
+            self.break_ring(RingError::MemoryGone);
         }
     }
 

@@ -7,9 +7,11 @@ use reactor::{LogLimit, Mode, PollerHandle, PollerState, Pool};
 use crate::call::Call;
 use crate::device::{Device, NotReady};
 use crate::kick::Kick;
+use crate::memory::Quota;
 use crate::queue::{ErrorHook, Queue, QueueConfig, QueueHandle};
 use crate::ring::{RingError, RingState};
 use crate::stats::QueueCounters;
+use crate::unkicked::unkicked;
 
 /// Why a queue could not start.
 #[derive(Debug, thiserror::Error)]
@@ -43,9 +45,6 @@ pub enum StartError {
         /// What is wrong with the ring.
         source: RingError,
     },
-    /// It would have to be polled for good, and too many are already.
-    #[error("queue {0}: its driver does not kick, and no CPU is free to poll for good")]
-    CannotPoll(u16),
     /// The device lacks something.
     #[error("queue {index}: {source}")]
     NotReady {
@@ -79,6 +78,7 @@ pub struct QueueSet {
     running: Vec<Option<Running>>,
     /// By queue: what it counted in its earlier lives.
     past: Vec<QueueCounters>,
+    mappings: Quota,
     /// A driver can break its rings as often as it likes.
     broken: Arc<LogLimit>,
 }
@@ -90,13 +90,28 @@ impl QueueSet {
     pub fn new(device: Arc<dyn Device>, pool: Arc<Pool>, mode: Mode, label: impl Into<String>) -> Self {
         let running: Vec<_> = (0..device.queues()).map(|_| None).collect();
         let past = vec![QueueCounters::default(); running.len()];
-        Self { device, pool, mode, label: label.into(), running, past, broken: Arc::default() }
+        Self {
+            device,
+            pool,
+            mode,
+            label: label.into(),
+            running,
+            past,
+            mappings: Quota::new(),
+            broken: Arc::default(),
+        }
     }
 
     /// The device.
     #[must_use]
     pub fn device(&self) -> &Arc<dyn Device> {
         &self.device
+    }
+
+    /// The device's share of the memory mappings in this process, for a transport that maps what a peer asks for.
+    #[must_use]
+    pub fn mappings(&self) -> &Quota {
+        &self.mappings
     }
 
     /// Puts a queue into service on the I/O thread of its group.
@@ -117,20 +132,19 @@ impl QueueSet {
         }
         let thread = |source| StartError::Thread { index, source };
         let group = format!("{}/{}", self.label, self.device.queue_group(index));
-        let nobody_kicks = matches!(config.kick, Kick::Never);
-        // Nobody polls for commands, unless nobody announces them.
+        let kicked = !matches!(config.kick, Kick::Never);
+        // Nobody polls for commands.
         let mode = match self.mode {
-            _ if nobody_kicks => Mode::Poll,
             Mode::Poll if self.device.is_control_queue(index) => Mode::Hybrid,
             mode => mode,
         };
         let (queue, handle) = Queue::new(config).map_err(|source| StartError::Ring { index, source })?;
         let seat = self.pool.place(&group, mode).map_err(thread)?;
-        if nobody_kicks && seat.mode() != Mode::Poll {
-            return Err(StartError::CannotPoll(index));
-        }
-        let builder =
+        let mut builder =
             self.device.start_queue(queue).map_err(|source| StartError::NotReady { index, source })?;
+        if !kicked && seat.mode() != Mode::Poll {
+            builder = unkicked(builder);
+        }
         let poller = seat.add(format!("{}#{index}", self.label), builder).map_err(thread)?;
         *place = Some(Running { poller, queue: handle });
         Ok(())

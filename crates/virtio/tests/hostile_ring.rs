@@ -2,14 +2,15 @@
 //! a broken ring stays quiet.
 
 #![allow(clippy::unwrap_used)]
+#![allow(unsafe_code, reason = "memory that counts is memory that a test vouches for")]
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use proptest::prelude::*;
 use virtio::fake::{FakeDriver, FakeOptions, MEMORY_START};
-use virtio::memory::total_len;
-use virtio::ring::{RingFormat, Used};
+use virtio::memory::{Area, Backing, Mapping, Memory, Region, total_len};
+use virtio::ring::{RingFormat, Token, Used};
 use virtio::{GuestAddr, Queue, RingError};
 
 const SIZE: u16 = 8;
@@ -44,6 +45,12 @@ fn descriptor() -> impl Strategy<Value = [u8; 16]> {
         raw[14..].copy_from_slice(&fourth.to_le_bytes());
         raw
     })
+}
+
+fn pop(queue: &mut Queue) -> Vec<Token> {
+    let mut tokens = Vec::new();
+    queue.pop(64, &mut tokens);
+    tokens
 }
 
 /// Takes chains, looks at every byte of them, and completes some, until the ring gives no more.
@@ -208,9 +215,55 @@ fn ring_outside_memory_or_unaligned_is_refused() {
     }
 }
 
+/// A guest in as many regions as there may be, each a page long, and a table of descriptors in it, each of so many
+/// pages at the same place; the last is writable.
+fn scattered(descriptors: usize, pages: u32) -> (FakeDriver, Queue) {
+    const REGIONS: u64 = 509;
+    let options =
+        FakeOptions { regions: REGIONS, memory_bytes: REGIONS * 4096, ..options(RingFormat::Split) };
+    let mut fake = FakeDriver::new(options);
+    let at = fake.alloc(1).0.next_multiple_of(4096);
+    let table = fake.alloc(4096).0.next_multiple_of(4096);
+    for i in 0..descriptors {
+        let last = i + 1 == descriptors;
+        let flags = if last { WRITE } else { NEXT };
+        let mut raw = at.to_le_bytes().to_vec();
+        raw.extend((pages * 4096).to_le_bytes());
+        raw.extend([flags, i as u16 + 1].iter().flat_map(|word| word.to_le_bytes()));
+        fake.write(GuestAddr(table + 16 * i as u64), &raw);
+    }
+    let ring = fake.ring_config();
+    let mut raw = table.to_le_bytes().to_vec();
+    raw.extend((16 * descriptors as u32).to_le_bytes());
+    raw.extend([INDIRECT, 0].iter().flat_map(|word| word.to_le_bytes()));
+    fake.write(ring.desc, &raw);
+    fake.write(GuestAddr(ring.driver.0 + 2), &1u16.to_le_bytes());
+    let queue = fake.queue().0;
+    (fake, queue)
+}
+
+#[test]
+fn no_chain_becomes_more_segments_than_are_allowed() {
+    for (descriptors, pages) in [(1024, 500), (1024, 65), (1024, 2), (11, 100), (3, 500)] {
+        let (_fake, mut queue) = scattered(descriptors, pages);
+        assert!(pop(&mut queue).is_empty(), "{descriptors} descriptors over {pages} regions");
+        assert!(queue.is_broken());
+    }
+    for (descriptors, pages) in [(1024, 1), (10, 100), (2, 500)] {
+        let (_fake, mut queue) = scattered(descriptors, pages);
+        let tokens = pop(&mut queue);
+        let chain = queue.chain(&tokens[0]);
+        let bytes = u64::from(pages) * 4096;
+        assert_eq!(chain.readable.len(), (descriptors - 1) * pages as usize);
+        assert_eq!(total_len(chain.readable), (descriptors as u64 - 1) * bytes);
+        assert_eq!(total_len(chain.writable), bytes, "what is readable is not writable");
+        assert!(!queue.is_broken());
+        queue.complete(tokens.into_iter().map(|token| Used { token, written: 0 }));
+    }
+}
+
 #[test]
 fn truncated_guest_memory_breaks_the_queue_and_nothing_else() {
-    use virtio::memory::{Mapping, Memory, Region};
     let fake = FakeDriver::new(options(RingFormat::Split));
     // A file without seals, as a peer could pass it.
     let file = rustix::fs::memfd_create("victim", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
@@ -240,4 +293,78 @@ fn truncated_guest_memory_breaks_the_queue_and_nothing_else() {
     assert!(!fake.memory().is_poisoned());
     drop(queue);
     assert!(handle.stopped_at().is_some());
+}
+
+/// A file of `pages` pages that can be truncated, and its mapping.
+fn truncatable(pages: u64) -> (std::os::fd::OwnedFd, Arc<Mapping>) {
+    let file = rustix::fs::memfd_create("victim", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+    rustix::fs::ftruncate(&file, pages * 4096).unwrap();
+    let mapping = Arc::new(Mapping::new(&file, 0, pages * 4096).unwrap());
+    (file, mapping)
+}
+
+/// The kernel's list of a process's mappings ends, and a page that cannot be replaced ends the process.
+#[test]
+fn however_many_pages_are_lost_the_list_of_mappings_stays_short() {
+    const PAGES: u64 = 4000;
+    let (file, mapping) = truncatable(PAGES);
+    let area = Area::new(mapping.clone(), 0, PAGES as usize * 4096, 4096).unwrap();
+    let mappings = || std::fs::read_to_string("/proc/self/maps").unwrap().lines().count();
+    let before = mappings();
+    rustix::fs::ftruncate(&file, 0).unwrap();
+    for page in (0..PAGES as usize).step_by(2) {
+        assert_eq!(area.u8(page * 4096).load(Ordering::Relaxed), 0);
+    }
+    assert!(mapping.is_poisoned());
+    assert!(mappings() < before + 20, "{before} mappings have become {}", mappings());
+}
+
+/// Memory that counts how often it is asked whether it has been taken away.
+struct Asked(Mapping, Arc<AtomicUsize>);
+
+// SAFETY: all it says is what the mapping says.
+unsafe impl Backing for Asked {
+    fn base(&self) -> std::ptr::NonNull<u8> {
+        self.0.base()
+    }
+
+    fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    fn is_poisoned(&self) -> bool {
+        self.1.fetch_add(1, Ordering::Relaxed);
+        self.0.is_poisoned()
+    }
+}
+
+#[test]
+fn memory_taken_away_elsewhere_is_looked_for_once() {
+    let asked = Arc::new(AtomicUsize::new(0));
+    let (mapping, _file) = Mapping::anonymous("guest", 1 << 20).unwrap();
+    let backing = Arc::new(Asked(mapping, asked.clone()));
+    let memory = Memory::new(vec![Region::new(GuestAddr(MEMORY_START), backing).unwrap()]).unwrap();
+    let mut fake = FakeDriver::in_memory(options(RingFormat::Split), memory);
+    let (mut queue, _handle) = fake.queue();
+    let buffer = fake.readable(&[1]);
+    let mut serve = || {
+        fake.offer(&[buffer], false);
+        let tokens = pop(&mut queue);
+        assert_eq!(tokens.len(), 1);
+        queue.complete(tokens.into_iter().map(|token| Used { token, written: 0 }));
+        queue.publish();
+        fake.ring.reap().unwrap().unwrap();
+        asked.swap(0, Ordering::Relaxed)
+    };
+    serve();
+    for _ in 0..3 {
+        let (file, elsewhere) = truncatable(1);
+        rustix::fs::ftruncate(&file, 0).unwrap();
+        let area = Area::new(elsewhere, 0, 4096, 4096).unwrap();
+        assert_eq!(area.u8(0).load(Ordering::Relaxed), 0);
+        assert_eq!(serve(), 1, "looked for");
+        for _ in 0..10 {
+            assert_eq!(serve(), 0, "found to be elsewhere");
+        }
+    }
 }

@@ -3,11 +3,12 @@
 #![allow(clippy::unwrap_used)]
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use proptest::prelude::*;
 use virtio::fake::{FakeDriver, FakeOptions};
-use virtio::memory::Mapping;
-use virtio::ring::{Buffer, RingFormat, Token, Used};
+use virtio::memory::{Area, Mapping};
+use virtio::ring::{Buffer, RingError, RingFormat, Token, Used};
 use virtio::{Inflight, Queue};
 
 const SIZE: u16 = 8;
@@ -110,33 +111,67 @@ fn a_service_that_dies_before_publishing_does_the_work_again() {
     }
 }
 
+/// Writes 16-bit words into a record.
+fn spoil(record: &Arc<Mapping>, words: &[(usize, u16)]) {
+    let area = Area::new(record.clone(), 0, 4096, 8).unwrap();
+    words.iter().for_each(|&(at, word)| area.u16(at).store(word, Ordering::Relaxed));
+}
+
 #[test]
-fn a_service_that_dies_while_publishing_repeats_nothing() {
-    use std::sync::atomic::Ordering;
-    for format in FORMATS {
-        let mut scene = Scene::new(format);
-        let buffers: Vec<[Buffer; 1]> = (0..3).map(|_| [scene.fake.writable(8)]).collect();
-        for buffer in &buffers {
-            scene.fake.ring.add(buffer).unwrap();
-        }
-        scene.fake.ring.publish();
+fn a_packed_record_that_no_service_leaves_is_refused() {
+    const ENTRY: usize = 32;
+    let entry = |index: usize| 32 + ENTRY * index;
+    // Each begins with two chains in flight: entry 0, then 1 and 2; the others are free.
+    let damages: [(&str, Vec<(usize, u16)>); 7] = [
+        ("a chain of none", vec![(entry(0) + 6, 0)]),
+        ("a chain longer than the ring", vec![(entry(1) + 6, 0xffff)]),
+        ("two chains that share an entry", vec![(entry(0) + 6, 2)]),
+        ("a chain that leads into the free list", vec![(entry(1) + 2, 5)]),
+        ("a chain that is a loop", vec![(entry(1) + 2, 1)]),
+        ("a free list that is a loop", vec![(entry(4) + 2, 3)]),
+        ("an entry in no list", vec![(entry(0), 0)]),
+    ];
+    for (what, words) in damages {
+        let mut scene = Scene::new(RingFormat::Packed);
         let mut queue = scene.service();
-        let tokens = pop(&mut queue, 3);
-        queue.complete(tokens.into_iter().map(|token| Used { token, written: 0 }));
-        // What publishing does up to and including the store that the driver sees; then killed.
-        let ring = scene.fake.ring_config();
-        match format {
-            RingFormat::Split => scene.fake.area(ring.device, 4).u16(2).store(3, Ordering::Release),
-            RingFormat::Packed => {
-                let record = virtio::memory::Area::new(scene.record.clone(), 0, 64, 8).unwrap();
-                record.u16(16).store(3, Ordering::Release);
-                record.u8(20).store(1, Ordering::Release);
-                scene.fake.area(ring.desc, 16).u16(14).store(0x8080, Ordering::Release);
-            }
-        }
+        let buffers = [scene.fake.readable(&[1]), scene.fake.writable(8)];
+        scene.fake.offer(&buffers[1..], false);
+        scene.fake.offer(&buffers, false);
+        assert_eq!(pop(&mut queue, 8).len(), 2);
         drop(queue);
-        assert_eq!(pop(&mut scene.service(), 8).len(), 0, "{format:?}");
-        assert_eq!(scene.reap().len(), 3, "{format:?}");
+        assert_eq!(scene.service().in_flight(), 0, "so far it is sound");
+        spoil(&scene.record, &words);
+        let mut config = scene.fake.queue_config();
+        config.inflight = Some(Inflight::new(scene.format, scene.record.clone(), 0, SIZE).unwrap());
+        let error = Queue::new(config).err();
+        assert_eq!(error, Some(RingError::BadRecord { size: SIZE }), "{what}");
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(2000))]
+
+    /// The front end keeps the record, and writes it as it likes.
+    #[test]
+    fn no_record_makes_a_device_panic_or_hold_more_than_the_ring_has(
+        packed: bool,
+        mut words in prop::collection::vec((0usize..160, prop_oneof![4 => 0u16..10, 1 => any::<u16>()]), 0..40),
+        during in prop::collection::vec((0usize..160, any::<u16>()), 0..40),
+    ) {
+        let format = FORMATS[usize::from(packed)];
+        let scene = Scene::new(format);
+        drop(scene.service());
+        words.retain(|&(at, _)| !(4..6).contains(&at));
+        spoil(&scene.record, &words.iter().map(|&(at, word)| (2 * at, word)).collect::<Vec<_>>());
+        let mut config = scene.fake.queue_config();
+        config.inflight = Some(Inflight::new(format, scene.record.clone(), 0, SIZE).unwrap());
+        if let Ok((mut queue, _)) = Queue::new(config) {
+            spoil(&scene.record, &during.iter().map(|&(at, word)| (2 * at, word)).collect::<Vec<_>>());
+            let tokens = pop(&mut queue, 64);
+            prop_assert!(tokens.len() <= SIZE.into());
+            give_back(&mut queue, tokens);
+            prop_assert_eq!(queue.in_flight(), 0);
+        }
     }
 }
 

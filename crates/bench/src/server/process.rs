@@ -138,7 +138,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let mut process = start(&["sh", "-c", "echo no such disk >&2; exit 3"], dir.path());
         let stop = AtomicBool::new(false);
-        let error = process.wait_ready(&dir.path().join("s"), Duration::from_secs(20), &stop).unwrap_err();
+        let error = process.wait_ready(&dir.path().join("s"), Duration::from_secs(120), &stop).unwrap_err();
         assert!(error.to_string().contains("before it listened"), "{error}");
         assert_eq!(process.last_output(), "\n    | no such disk");
     }

@@ -1,9 +1,12 @@
-//! Keeps two services from writing one image.
+//! Locks on images, between services and against QEMU.
 //!
 //! The locks belong to the open file description (`fcntl(2)`, F_OFD_SETLK): they are gone when the last reference to it
 //! is, however the process ends, and other descriptors of the same file do not drop them. A reference is also what an
-//! io_uring has that knows the file. QEMU locks single bytes of images in the same way, at 100 and from 200 on, which
-//! ours cover to keep it out too.
+//! io_uring has that knows the file.
+//!
+//! Services lock a range each for what they do. QEMU has a protocol of its own: for each thing that it does to an image it
+//! holds a read lock on a byte from 100 on, for each thing that others must not do one on a byte from 200 on, and looks
+//! first whether the opposite byte is locked.
 #![allow(unsafe_code)]
 
 use std::io;
@@ -28,10 +31,28 @@ pub(crate) struct Range {
 
 /// Everything.
 pub(crate) const ALL: Range = Range { start: 0, len: 0 };
-/// Locked while requests are carried out. It has all bytes that an image can have, and those that QEMU locks.
-pub(crate) const USE: Range = Range { start: 0, len: 1 << 62 };
-/// Locked by whoever has said that the image is its own, also while it carries out nothing.
-pub(crate) const OWNERSHIP: Range = Range { start: 1 << 62, len: 0 };
+/// Locked while requests are carried out. It begins behind QEMU's bytes.
+pub(crate) const USE: Range = Range { start: 1 << 10, len: (1 << 62) - (1 << 10) };
+/// Locked by a service that has the image to itself, also while it carries out nothing.
+pub(crate) const OWNERSHIP: Range = Range { start: 1 << 62, len: 1 };
+/// Locked by an owner for as long as it keeps QEMU out. A service that shares the image with it, for a guest to be handed
+/// over, finds QEMU's bytes locked and knows by this that it was not QEMU.
+pub(crate) const GUARD: Range = Range { start: (1 << 62) + 1, len: 0 };
+
+/// What QEMU tells apart: the offset of each thing's byte in both ranges.
+const QEMU_CONSISTENT_READ: i64 = 0;
+const QEMU_WRITE: i64 = 1;
+const QEMU_WRITE_UNCHANGED: i64 = 2;
+const QEMU_RESIZE: i64 = 3;
+/// The first byte of what is done.
+const QEMU_DOES: i64 = 100;
+/// The first byte of what others must not do.
+const QEMU_FORBIDS: i64 = 200;
+/// What a service does to an image.
+const READS: &[i64] = &[QEMU_CONSISTENT_READ];
+const WRITES: &[i64] = &[QEMU_CONSISTENT_READ, QEMU_WRITE, QEMU_RESIZE];
+/// What nobody else may do to it. To read it is up to the reader (`qemu-img -U`).
+const FORBIDDEN: &[i64] = &[QEMU_WRITE, QEMU_WRITE_UNCHANGED, QEMU_RESIZE];
 
 /// Locks a range for writing (nobody else may have it) or reading (nobody may write it).
 ///
@@ -56,6 +77,46 @@ pub(crate) fn unlock(file: impl AsFd, range: Range) -> io::Result<()> {
 pub(crate) fn test(file: impl AsFd, range: Range, write: bool) -> io::Result<()> {
     let found = ask(&file, libc::F_OFD_GETLK, range, kind(write))?;
     if found == libc::F_UNLCK { Ok(()) } else { Err(io::ErrorKind::WouldBlock.into()) }
+}
+
+/// Keeps QEMU and its tools from writing the image, and from reading it as one that does not change if it is to be written.
+///
+/// # Errors
+/// `WouldBlock` if one of them has the image. Nothing is locked then.
+pub(crate) fn keep_qemu_out(file: impl AsFd, write: bool) -> io::Result<()> {
+    // Looked at first so that waiting leaves no traces for others to meet.
+    qemu_is_out(&file, write)?;
+    let locked = qemu_bytes(write).try_for_each(|(own, _)| lock(&file, own, false));
+    locked.and_then(|()| qemu_is_out(&file, write)).inspect_err(|_| {
+        let _ = let_qemu_in(&file);
+    })
+}
+
+/// Whether QEMU lets us do what we would, and does nothing that it must not do then. While another service has the guard,
+/// it is that one's bytes which are locked.
+fn qemu_is_out(file: impl AsFd, write: bool) -> io::Result<()> {
+    match test(&file, GUARD, false) {
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(()),
+        Err(error) => Err(error),
+        Ok(()) => qemu_bytes(write).try_for_each(|(_, opposite)| test(&file, opposite, true)),
+    }
+}
+
+/// No longer keeps QEMU out.
+///
+/// # Errors
+/// The system's.
+pub(crate) fn let_qemu_in(file: impl AsFd) -> io::Result<()> {
+    qemu_bytes(true).try_for_each(|(own, _)| unlock(&file, own))
+}
+
+/// The bytes to lock, each with the one that must not be locked then.
+fn qemu_bytes(write: bool) -> impl Iterator<Item = (Range, Range)> {
+    let byte = |start| Range { start, len: 1 };
+    let done = if write { WRITES } else { READS };
+    let done = done.iter().map(move |thing| (byte(QEMU_DOES + thing), byte(QEMU_FORBIDS + thing)));
+    let forbidden = FORBIDDEN.iter().map(move |thing| (byte(QEMU_FORBIDS + thing), byte(QEMU_DOES + thing)));
+    done.chain(forbidden)
 }
 
 /// Makes attempts until one does not end in `WouldBlock`, or `limit` has passed.

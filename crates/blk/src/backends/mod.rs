@@ -5,4 +5,6 @@ mod lock;
 pub mod memory;
 pub mod null;
 pub mod qcow2;
+#[cfg(feature = "fake")]
+pub mod slow;
 mod stepwise;

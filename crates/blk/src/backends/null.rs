@@ -43,6 +43,10 @@ impl Backend for Null {
         }
         Ok(self.geometry())
     }
+
+    fn flush(&self) -> Result<(), BackendError> {
+        Ok(())
+    }
 }
 
 struct NullChannel;

@@ -1,13 +1,18 @@
 //! A channel for storage that does its work in place, when it is asked to.
 //!
-//! Short operations are over when they are submitted. Of long ones each turn does a part, so that queues that share the
-//! thread do not wait for megabytes to be copied.
+//! Short operations are over when they are submitted. Of long ones, and of many, each turn does a part, so that queues
+//! that share the thread do not wait for megabytes to be copied or given back.
 
 use std::collections::VecDeque;
 
 use virtio::ring::Chains;
 
 use crate::backend::{Channel, Done, Op, Status};
+
+/// Bytes that one call works on; the step that crosses the line is still done.
+const CALL_BYTES_MAX: u64 = 512 << 10;
+/// What a step counts for at least, in bytes.
+const STEP_BYTES_MIN: u64 = 4096;
 
 /// Storage that does its work in place.
 pub(crate) trait Steps {
@@ -26,7 +31,7 @@ pub(crate) trait Steps {
 /// A channel that works in place.
 pub(crate) struct Stepwise<S> {
     steps: S,
-    /// Operations too long for one go, and how much of each is done.
+    /// Operations that one call was not enough for, and how much of each is done.
     long: VecDeque<(Op, u64)>,
 }
 
@@ -35,29 +40,40 @@ impl<S: Steps> Stepwise<S> {
         Self { steps, long: VecDeque::with_capacity(depth.into()) }
     }
 
+    /// Does a step of `op`, and returns how many bytes it counts for.
     #[inline(always)]
-    fn advance(&mut self, op: Op, progress: u64, chains: &Chains, done: &mut Vec<Done>) {
-        let status = match self.steps.step(&op, progress, chains) {
-            Ok(progress) if progress < op.len => return self.long.push_back((op, progress)),
-            Ok(_) => Status::Ok,
-            Err(status) => status,
+    fn advance(&mut self, op: Op, progress: u64, chains: &Chains, done: &mut Vec<Done>) -> u64 {
+        let (bytes, status) = match self.steps.step(&op, progress, chains) {
+            Ok(now) if now < op.len => {
+                self.long.push_back((op, now));
+                return (now - progress).max(STEP_BYTES_MIN);
+            }
+            Ok(now) => (now - progress, Status::Ok),
+            Err(status) => (0, status),
         };
         done.push(Done { token: op.token, status });
+        bytes.max(STEP_BYTES_MIN)
     }
 }
 
 impl<S: Steps> Channel for Stepwise<S> {
     fn submit(&mut self, ops: &mut Vec<Op>, chains: &Chains, done: &mut Vec<Done>) {
-        let mut ops = ops.drain(..);
-        while let Some(op) = ops.next() {
+        let (mut ops, mut bytes) = (ops.drain(..), 0);
+        while bytes < CALL_BYTES_MAX
+            && let Some(op) = ops.next()
+        {
             self.steps.next(ops.as_slice().first());
-            self.advance(op, 0, chains, done);
+            bytes += self.advance(op, 0, chains, done);
         }
+        self.long.extend(ops.map(|op| (op, 0)));
     }
 
     fn reap(&mut self, chains: &Chains, done: &mut Vec<Done>) {
-        if let Some((op, progress)) = self.long.pop_front() {
-            self.advance(op, progress, chains, done);
+        let mut bytes = 0;
+        while bytes < CALL_BYTES_MAX
+            && let Some((op, progress)) = self.long.pop_front()
+        {
+            bytes += self.advance(op, progress, chains, done);
         }
     }
 

@@ -1,11 +1,13 @@
 //! `exitless ctl`: sends one command and shows the answer.
 
-use std::io::{BufRead, BufReader, Write};
+use std::io::{self, BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use anyhow::Context;
+use anyhow::{Context, anyhow};
+use rustix::net::sockopt::socket_peercred;
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, socket_with};
 
 use super::table::{self, Table};
 use super::{DeviceInfo, Request, Response, Stats};
@@ -13,15 +15,17 @@ use crate::cli::CtlCommand;
 use crate::size::Size;
 
 /// How long the service may take to answer.
-const ANSWER_S_MAX: u64 = 60;
+const ANSWER_S_MAX: u64 = 5;
+/// The same where it has to wait for storage, unless it is stopped.
+const STORAGE_S_MAX: u64 = 60;
 
 impl From<CtlCommand> for Request {
     fn from(command: CtlCommand) -> Self {
         match command {
             CtlCommand::List => Self::List,
             CtlCommand::Stats => Self::Stats,
-            CtlCommand::Resize { device, size } => {
-                Self::Resize { device, bytes: size.map(|size| size.0.get()) }
+            CtlCommand::Resize { device, size, shrink, force } => {
+                Self::Resize { device, bytes: size.map(|size| size.0.get()), shrink, force }
             }
             CtlCommand::Limit { device, iops, bandwidth } => {
                 Self::Limit { device, iops, bytes_per_s: bandwidth.map(|size| size.0) }
@@ -45,15 +49,55 @@ pub(crate) fn run(socket: &Path, command: CtlCommand, json: bool) -> anyhow::Res
 }
 
 fn ask(socket: &Path, request: &Request) -> anyhow::Result<String> {
-    let mut stream = UnixStream::connect(socket)?;
-    stream.set_read_timeout(Some(Duration::from_secs(ANSWER_S_MAX)))?;
+    let stream = connect(socket).map_err(silent)?;
     let mut line = serde_json::to_vec(request)?;
     line.push(b'\n');
-    stream.write_all(&line)?;
-    let mut answer = String::new();
-    BufReader::new(stream).read_line(&mut answer)?;
+    (&stream).write_all(&line).map_err(silent)?;
+    let begun = Instant::now();
+    let patience_s = if matches!(request, Request::Resize { .. }) { STORAGE_S_MAX } else { ANSWER_S_MAX };
+    let (mut lines, mut answer) = (BufReader::new(&stream), String::new());
+    // What has come of an answer stays in it when the time is up.
+    while let Err(error) = lines.read_line(&mut answer) {
+        if !timed_out(&error) || begun.elapsed().as_secs() >= patience_s || is_stopped(&stream) {
+            return Err(silent(error));
+        }
+    }
     anyhow::ensure!(answer.ends_with('\n'), "the service ended the connection without an answer");
     Ok(answer)
+}
+
+/// Connects, with limits on how long that and everything on the connection may take: also a service that is stopped
+/// has a queue of connections, and the queue an end.
+fn connect(socket: &Path) -> io::Result<UnixStream> {
+    let stream = socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
+    let stream = UnixStream::from(stream);
+    let limit = Some(Duration::from_secs(ANSWER_S_MAX));
+    stream.set_read_timeout(limit)?;
+    stream.set_write_timeout(limit)?;
+    rustix::net::connect(&stream, &SocketAddrUnix::new(socket)?)?;
+    Ok(stream)
+}
+
+fn timed_out(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::WouldBlock
+}
+
+fn silent(error: io::Error) -> anyhow::Error {
+    if timed_out(&error) {
+        anyhow!(
+            "no answer for {ANSWER_S_MAX} s: the service is stopped, or hangs; it may still do what it was told"
+        )
+    } else {
+        error.into()
+    }
+}
+
+/// Whether the process at the other end was stopped by a signal or a debugger (proc_pid_stat(5)).
+fn is_stopped(stream: &UnixStream) -> bool {
+    let Ok(peer) = socket_peercred(stream) else { return false };
+    let stat = std::fs::read_to_string(format!("/proc/{}/stat", peer.pid)).unwrap_or_default();
+    let state = stat.rsplit(") ").next().and_then(|rest| rest.chars().next());
+    matches!(state, Some('T' | 't'))
 }
 
 fn show(response: &Response) -> String {

@@ -31,6 +31,12 @@ pub enum Request {
         /// The new size; None to take over the one that its storage was given.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         bytes: Option<u64>,
+        /// It may be smaller than the present one, which destroys what is cut off.
+        #[serde(default, skip_serializing_if = "is_false")]
+        shrink: bool,
+        /// Also while a guest is connected.
+        #[serde(default, skip_serializing_if = "is_false")]
+        force: bool,
     },
     /// Replace a disk's limits. What is None is not limited.
     Limit {
@@ -43,6 +49,10 @@ pub enum Request {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         bytes_per_s: Option<std::num::NonZeroU64>,
     },
+}
+
+fn is_false(flag: &bool) -> bool {
+    !flag
 }
 
 /// The answer.
@@ -195,12 +205,24 @@ mod tests {
 
     #[test]
     fn commands_are_read_as_the_help_shows_them() {
-        let resize = Request::Resize { device: "vm1-disk".into(), bytes: Some(17_179_869_184) };
+        let resize = |device: &str, bytes, shrink, force| Request::Resize {
+            device: device.to_owned(),
+            bytes,
+            shrink,
+            force,
+        };
         for (line, request) in [
             (r#"{"command":"list"}"#, Request::List),
             (r#"{"command":"stats"}"#, Request::Stats),
-            (r#"{"command":"resize","device":"vm1-disk","bytes":17179869184}"#, resize),
-            (r#"{"command":"resize","device":"a"}"#, Request::Resize { device: "a".into(), bytes: None }),
+            (
+                r#"{"command":"resize","device":"vm1-disk","bytes":17179869184}"#,
+                resize("vm1-disk", Some(17_179_869_184), false, false),
+            ),
+            (r#"{"command":"resize","device":"a"}"#, resize("a", None, false, false)),
+            (
+                r#"{"command":"resize","device":"a","bytes":512,"shrink":true,"force":true}"#,
+                resize("a", Some(512), true, true),
+            ),
         ] {
             assert_eq!(serde_json::from_str::<Request>(line).unwrap(), request);
             assert_eq!(serde_json::to_string(&request).unwrap(), line);

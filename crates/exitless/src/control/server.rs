@@ -115,7 +115,7 @@ mod tests {
         let (ours, theirs) = UnixStream::pair().unwrap();
         let answer: Answer = Arc::new(|request| Response::Error(format!("{request:?}")));
         admit(theirs, &Arc::default(), &answer);
-        ours.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+        ours.set_read_timeout(Some(Duration::from_secs(120))).unwrap();
         (ours.try_clone().unwrap(), BufReader::new(ours))
     }
 

@@ -4,10 +4,10 @@ use std::path::Path;
 use std::process::Command;
 
 use crate::guest::Results;
+use crate::linux;
 use crate::needs::{self, Need, Turn, program};
 use crate::scratch::{Scratch, md5, output};
 use crate::service::{self, Disk, Service};
-use crate::uml;
 
 /// Where the job puts its only partition.
 const PARTITION_BYTE: u64 = 2048 * 512;
@@ -59,14 +59,14 @@ fn an_ext4_is_made_under_every_polling_policy() {
 
 fn turn(programs: &[&'static str]) -> Option<Turn> {
     let programs = PROGRAMS.iter().chain(programs).map(|name| Need::Program(name));
-    needs::turn(&programs.chain([Need::UmlKernel]).collect::<Vec<_>>())
+    needs::turn(&programs.chain([Need::Linux]).collect::<Vec<_>>())
 }
 
 fn run(scratch: &Scratch, disk: Disk, options: &[&str]) -> Results {
     // This driver accepts packed rings and then starts them with the wrong wrap counters.
     let options = [&["--without", "packed"], options].concat();
     let mut service = Service::start("service", disk, &scratch.path("blk"), &options);
-    let results = uml::boot(scratch, &service.socket(), "filesystem", &PROGRAMS).finish();
+    let results = linux::boot(scratch, &service.socket(), "filesystem", &PROGRAMS).finish();
     results.all_ok();
     service.terminate();
     results

@@ -9,10 +9,10 @@ use std::time::Duration;
 
 use crate::process::Process;
 
-/// How long a guest may take from power-on to power-off, on a loaded machine with an emulated CPU.
-const LIFE: Duration = Duration::from_secs(480);
-/// How long a guest may take to show the next sign of progress.
-const STEP: Duration = Duration::from_secs(90);
+/// The limit from power-on to power-off, on a loaded machine with an emulated CPU.
+const LIFE: Duration = Duration::from_secs(900);
+/// The limit for the next sign of progress.
+const STEP: Duration = Duration::from_secs(300);
 
 pub(crate) struct Guest {
     process: Process,
@@ -55,24 +55,28 @@ impl Guest {
     }
 
     /// Waits until the guest powers itself off.
-    pub(crate) fn finish(mut self) -> Results {
-        self.process.wait(LIFE);
-        let lines = self.process.lines();
-        let by_name = lines.iter().filter_map(|line| parse(line)).collect();
-        Results { by_name, console: lines }
+    pub(crate) fn finish(self) -> Results {
+        Results::of(self.process.finish(LIFE).1)
     }
 }
 
 impl Results {
+    /// The results on a guest's console.
+    pub(crate) fn of(console: Vec<String>) -> Self {
+        Self { by_name: console.iter().filter_map(|line| parse(line)).collect(), console }
+    }
+
     /// The detail of a result that must be there and good.
     #[track_caller]
     pub(crate) fn ok(&self, name: &str) -> &str {
+        self.get(name).unwrap_or_else(|fault| panic!("{fault}\n{}", self.console.join("\n")))
+    }
+
+    fn get(&self, name: &str) -> Result<&str, String> {
         match self.by_name.get(name) {
-            Some((true, detail)) => detail,
-            Some((false, detail)) => {
-                panic!("the guest failed at `{name}`: {detail}\n{}", self.console.join("\n"))
-            }
-            None => panic!("the guest never reported `{name}`\n{}", self.console.join("\n")),
+            Some((true, detail)) => Ok(detail),
+            Some((false, detail)) => Err(format!("the guest failed at `{name}`: {detail}")),
+            None => Err(format!("the guest never reported `{name}`")),
         }
     }
 
@@ -84,10 +88,14 @@ impl Results {
     /// Panics unless every result is good and the job came to its end.
     #[track_caller]
     pub(crate) fn all_ok(&self) {
-        self.ok("end");
-        self.by_name.keys().for_each(|name| {
-            self.ok(name);
-        });
+        if let Some(fault) = self.fault() {
+            panic!("{fault}\n{}", self.console.join("\n"));
+        }
+    }
+
+    /// The first result that is not good, or is missing at the end.
+    pub(crate) fn fault(&self) -> Option<String> {
+        self.by_name.keys().map(String::as_str).chain(["end"]).find_map(|name| self.get(name).err())
     }
 }
 

@@ -12,21 +12,20 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use crate::kernel::Kernel;
-use crate::needs;
-use crate::scratch::output;
+use crate::{compile, needs};
 
 const INIT: &str = include_str!("guest/init");
-const JOBS: [(&str, &str); 8] = [
+const JOBS: [(&str, &str); 9] = [
     ("endless", include_str!("guest/jobs/endless")),
     ("entropy", include_str!("guest/jobs/entropy")),
     ("filesystem", include_str!("guest/jobs/filesystem")),
     ("migration", include_str!("guest/jobs/migration")),
     ("multiqueue", include_str!("guest/jobs/multiqueue")),
     ("nested", include_str!("guest/jobs/nested")),
+    ("probe", include_str!("guest/jobs/probe")),
     ("readonly", include_str!("guest/jobs/readonly")),
     ("restart", include_str!("guest/jobs/restart")),
 ];
-const LEDGER: &str = include_str!("guest/ledger.rs");
 
 const EXECUTABLE: u32 = 0o100_755;
 const DIRECTORY: u32 = 0o040_755;
@@ -53,7 +52,7 @@ pub(crate) fn build_with(name: &str, kernel: &Kernel, programs: &[&str], files: 
         "bin/busybox".into(),
         read(&needs::program("busybox").expect("busybox is a need of every guest")),
     );
-    tree.insert("bin/ledger".into(), read(&ledger()));
+    tree.insert("bin/ledger".into(), read(&compile::ledger().unwrap_or_else(|reason| panic!("{reason}"))));
     for name in programs {
         let path =
             needs::program(name).unwrap_or_else(|| panic!("{name} is not among the needs of its test"));
@@ -66,40 +65,12 @@ pub(crate) fn build_with(name: &str, kernel: &Kernel, programs: &[&str], files: 
     tree.hash(&mut hash);
     let archive = needs::cache_dir().join(format!("{name}-{:016x}.cpio", hash.finish()));
     if !archive.exists() {
-        remove_older(name);
+        compile::remove_older(name);
         let fresh = archive.with_extension("new");
         fs::write(&fresh, cpio(&tree)).expect("write an initramfs");
         fs::rename(&fresh, &archive).expect("put an initramfs in place");
     }
     archive
-}
-
-fn remove_older(name: &str) {
-    for entry in fs::read_dir(needs::cache_dir()).expect("list the cache").flatten() {
-        let file = entry.file_name();
-        if file.to_str().is_some_and(|file| file.starts_with(&format!("{name}-"))) {
-            let _ = fs::remove_file(entry.path());
-        }
-    }
-}
-
-/// Compiles the guest's own checker, linked statically so that it needs nothing else there.
-fn ledger() -> PathBuf {
-    let mut hash = DefaultHasher::new();
-    LEDGER.hash(&mut hash);
-    let binary = needs::cache_dir().join(format!("ledger-{:016x}", hash.finish()));
-    if !binary.exists() {
-        remove_older("ledger");
-        let source = binary.with_extension("rs");
-        let fresh = binary.with_extension("new");
-        fs::write(&source, LEDGER).expect("write the checker's source");
-        let rustc = std::env::var_os("RUSTC").unwrap_or_else(|| "rustc".into());
-        let flags =
-            ["--edition", "2024", "-O", "-C", "target-feature=+crt-static", "-C", "strip=symbols", "-o"];
-        output(Command::new(rustc).args(flags).arg(&fresh).arg(&source));
-        fs::rename(&fresh, &binary).expect("put the checker in place");
-    }
-    binary
 }
 
 /// Adds a program as `inside`, and the libraries `ldd` finds for it under their own paths: none for other files.

@@ -3,7 +3,7 @@
 //!
 //! A test reads as a story in its own file ([`filesystem`], [`multiqueue`], [`entropy`], [`nested`], [`restart`], [`migration`]). What the guest
 //! does is a shell script in `guest/jobs`; it answers in lines `RESULT name ok|fail detail`, which [`guest`] collects.
-//! A test whose tools are missing says so through [`needs`], and `./test` counts it as skipped.
+//! A test whose tools are missing, or do not work here, says so through [`needs`], and `./test` counts it as skipped.
 //!
 //! One guest is ours: [`embedded`] boots the guest that the program embeds.
 //!
@@ -20,10 +20,13 @@ mod nested;
 mod readonly;
 mod restart;
 
+mod compile;
 mod guest;
 mod initramfs;
 mod kernel;
+mod linux;
 mod needs;
+mod probe;
 mod process;
 mod qemu;
 mod qmp;

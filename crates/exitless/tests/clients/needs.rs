@@ -6,17 +6,22 @@ use std::path::{Path, PathBuf};
 
 pub(crate) use ::needs::skip;
 
-use crate::{kernel, service};
+use crate::uml::Uml;
+use crate::{kernel, linux, probe, qemu, service};
 
 /// One thing that must be there before a test can start.
 pub(crate) enum Need {
     /// A program of this name, in `PATH` or in one of the directories for administrators.
     Program(&'static str),
-    /// A kernel for QEMU guests, with its modules.
+    /// QEMU and a kernel for its guests, with its modules.
     PcKernel,
-    /// The same kernel, with KVM for AMD processors.
+    /// The same, with KVM for AMD processors.
     HostKernel,
+    /// Some way to a Linux guest with one disk.
+    Linux,
     /// User-Mode Linux with its virtio block driver.
+    Uml,
+    /// The same, whether it works or not.
     UmlKernel,
 }
 
@@ -32,12 +37,17 @@ pub(crate) fn cache_dir() -> &'static Path {
 
 /// Waits for this test's turn to run guests, or returns `None` after recording why it is skipped.
 pub(crate) fn turn(needs: &[Need]) -> Option<Turn> {
-    if let Some(reason) = missing(needs) {
-        skip(reason);
+    if env::var_os("EXITLESS_QUICK").is_some() {
+        skip("no guests in a quick run");
         return None;
     }
     let lock = File::create(cache_dir().join("guests.lock")).expect("create the lock that guests queue at");
     lock.lock().expect("lock out other guests");
+    // Probes are guests too.
+    if let Err(reason) = needs.iter().try_for_each(met).and_then(|()| service::works()) {
+        skip(reason);
+        return None;
+    }
     Some(Turn { _lock: lock })
 }
 
@@ -48,17 +58,18 @@ pub(crate) fn program(name: &str) -> Option<PathBuf> {
     env::split_paths(&path).chain(admin).map(|dir| dir.join(name)).find(|file| file.is_file())
 }
 
-fn missing(needs: &[Need]) -> Option<String> {
-    if env::var_os("EXITLESS_QUICK").is_some() {
-        return Some("no guests in a quick run".into());
+/// Whether the program of this name is there and works, or the reason why not.
+pub(crate) fn works(name: &str) -> Result<(), String> {
+    probe::program(name, &program(name).ok_or_else(|| format!("no {name} installed"))?)
+}
+
+fn met(need: &Need) -> Result<(), String> {
+    match need {
+        Need::Program(name) => works(name),
+        Need::PcKernel => qemu::works(),
+        Need::HostKernel => kernel::host().and(qemu::works()),
+        Need::Linux => linux::works(),
+        Need::Uml => Uml::find().map(drop),
+        Need::UmlKernel => kernel::uml().and(works("busybox")),
     }
-    let unmet = needs.iter().find_map(|need| match need {
-        Need::Program(name) => program(name).is_none().then(|| format!("no {name} installed")),
-        Need::PcKernel => kernel::pc().err(),
-        Need::HostKernel => kernel::host().err(),
-        Need::UmlKernel => kernel::uml().err(),
-    });
-    let linux = needs.iter().any(|need| matches!(need, Need::PcKernel | Need::UmlKernel));
-    let busybox = || (linux && program("busybox").is_none()).then(|| "no busybox installed".into());
-    unmet.or_else(busybox).or_else(service::missing)
 }

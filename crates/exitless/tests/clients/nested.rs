@@ -10,12 +10,15 @@ use std::{env, fs};
 
 use crate::guest::Guest;
 use crate::needs::{self, Need};
+use crate::qemu::KERNEL_OPTIONS;
 use crate::{initramfs, kernel, process};
 
 const PROGRAMS: [&str; 3] = ["sfdisk", "mkfs.ext4", "e2fsck"];
-/// Two CPUs, each with `svm`; memory for the inner guest, for what is unpacked, and for the archive itself.
+/// One CPU with `svm`: with several, virtualization is switched on and off on all of them whenever the first machine
+/// comes and the last one goes, and now and then one of the emulated CPUs misses that. Memory for the inner guest, for
+/// what is unpacked, and for the archive itself.
 const MACHINE: [&str; 10] =
-    ["-accel", "tcg,thread=multi", "-M", "q35", "-cpu", "max,+svm", "-smp", "2", "-m", "2G"];
+    ["-accel", "tcg,thread=multi", "-M", "q35", "-cpu", "max,+svm", "-smp", "1", "-m", "2G"];
 const CONSOLE: [&str; 7] =
     ["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-serial", "stdio"];
 
@@ -38,7 +41,7 @@ fn linux_makes_a_file_system_on_a_disk_of_the_monitor() {
     let mut command =
         process::command(&needs::program("qemu-system-x86_64").expect("QEMU is among the needs"));
     command.args(MACHINE).args(CONSOLE).arg("-kernel").arg(&outer.image).arg("-initrd").arg(initrd);
-    command.args(["-append", "console=ttyS0 quiet rdinit=/init mitigations=off nokaslr panic=-1 job=nested"]);
+    command.args(["-append", &format!("{KERNEL_OPTIONS} job=nested")]);
     let results = Guest::boot("nested", &mut command).finish();
     results.all_ok();
     assert_eq!(results.ok("inner-end"), "filesystem");

@@ -1,11 +1,11 @@
 //! A child process whose output is kept line by line, and which does not outlive its test.
 
 use std::fmt;
-use std::io::{BufRead, BufReader, Read};
+use std::io::{self, BufRead, BufReader, Read};
 use std::os::unix::process::CommandExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, LazyLock, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -27,12 +27,17 @@ struct Output {
     grown: Condvar,
 }
 
-/// A command for `program` that the kernel kills when the test itself is killed.
+/// A command for `program` that the kernel kills when the test itself is killed, where `setpriv` can say so.
 pub(crate) fn command(program: &Path) -> Command {
-    match needs::program("setpriv") {
+    const MORTAL: [&str; 2] = ["--pdeathsig", "KILL"];
+    static SETPRIV: LazyLock<Option<PathBuf>> = LazyLock::new(|| {
+        let works = |setpriv: &PathBuf| Command::new(setpriv).args(MORTAL).arg("true").output();
+        needs::program("setpriv").filter(|setpriv| works(setpriv).is_ok_and(|done| done.status.success()))
+    });
+    match &*SETPRIV {
         Some(setpriv) => {
             let mut command = Command::new(setpriv);
-            command.args(["--pdeathsig", "KILL"]).arg(program);
+            command.args(MORTAL).arg(program);
             command
         }
         None => Command::new(program),
@@ -42,19 +47,22 @@ pub(crate) fn command(program: &Path) -> Command {
 impl Process {
     /// Starts `command` in a process group of its own, so that its children die with it.
     pub(crate) fn spawn(name: &str, command: &mut Command) -> Self {
+        Self::try_spawn(name, command).unwrap_or_else(|error| panic!("cannot start {command:?}: {error}"))
+    }
+
+    pub(crate) fn try_spawn(name: &str, command: &mut Command) -> io::Result<Self> {
         let mut child = command
             .process_group(0)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
-            .spawn()
-            .unwrap_or_else(|error| panic!("cannot start {command:?}: {error}"));
+            .spawn()?;
         let output = Arc::new(Output::default());
         let readers = vec![
             output.follow(child.stdout.take().expect("stdout is piped")),
             output.follow(child.stderr.take().expect("stderr is piped")),
         ];
-        Self { name: name.to_owned(), child, output, readers }
+        Ok(Self { name: name.to_owned(), child, output, readers })
     }
 
     /// The write end of the process's stdin, once.
@@ -91,12 +99,18 @@ impl Process {
 
     /// Waits until the process ends by itself, or panics with its output after `limit`.
     pub(crate) fn wait(&mut self, limit: Duration) -> ExitStatus {
+        let ended = self.ends_within(limit);
+        ended.unwrap_or_else(|| panic!("{} still runs after {limit:?}:\n{self}", self.name))
+    }
+
+    /// Waits until the process ends by itself, for no longer than `limit`.
+    pub(crate) fn ends_within(&mut self, limit: Duration) -> Option<ExitStatus> {
         let deadline = Instant::now() + limit;
         loop {
-            if let Some(status) = self.child.try_wait().expect("wait for a child") {
-                return status;
+            let ended = self.child.try_wait().expect("wait for a child");
+            if ended.is_some() || Instant::now() >= deadline {
+                return ended;
             }
-            assert!(Instant::now() < deadline, "{} still runs after {limit:?}:\n{self}", self.name);
             thread::sleep(Duration::from_millis(10));
         }
     }

@@ -7,8 +7,8 @@ use std::time::Duration;
 use crate::process::Process;
 use crate::{needs, process};
 
-/// How long a service may take to get ready, or to drain and end.
-pub(crate) const LIMIT: Duration = Duration::from_secs(30);
+/// The limit for a service to get ready, or to drain and end.
+pub(crate) const LIMIT: Duration = Duration::from_secs(120);
 const PROGRAM: &str = env!("CARGO_BIN_EXE_exitless");
 const SERIAL: &str = "clients-0123456789ab";
 
@@ -51,10 +51,9 @@ fn kind() -> Kind {
     }
 }
 
-/// Why no service can be started here, if so.
-pub(crate) fn missing() -> Option<String> {
-    let absent = kind() == Kind::Peer && needs::program("qemu-storage-daemon").is_none();
-    absent.then(|| "no qemu-storage-daemon".into())
+/// Whether services can be started here, or the reason why not.
+pub(crate) fn works() -> Result<(), String> {
+    if kind() == Kind::Peer { needs::works("qemu-storage-daemon") } else { Ok(()) }
 }
 
 /// Our program.

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use crate::epoll::Watch;
 use crate::fair::Standing;
-use crate::policy::{self, Mode, WINDOW_NS_START};
+use crate::policy::{self, Mode, Window};
 use crate::record::{Departure, PollerState, Record};
 use crate::{Budget, Poller, Ticks, Work};
 
@@ -27,10 +27,10 @@ pub(super) struct Slot {
     departure: Departure,
     phase: Phase,
     mode: Mode,
-    window_ns: u64,
+    /// One for each [`Awaits`].
+    windows: [Window; 2],
     last_work: Ticks,
-    /// The last poll found nothing.
-    idle: bool,
+    idle: Option<Idle>,
     standing: Standing,
     /// It must be polled until then.
     awake_until: Ticks,
@@ -39,6 +39,22 @@ pub(super) struct Slot {
 }
 
 const NEVER: Ticks = Ticks(u64::MAX);
+
+/// The last poll found nothing.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Idle {
+    awaits: Awaits,
+    /// Whether the window was judged before the wait was over.
+    judged: bool,
+}
+
+/// What an idle poller waits for. The two take different times, and a driver on the thread's own CPU is kept from its
+/// work by polling while storage is not.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Awaits {
+    Driver = 0,
+    Completion = 1,
+}
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Phase {
@@ -61,14 +77,14 @@ impl Slot {
             departure: Departure(record),
             phase: Phase::Serving,
             mode,
-            window_ns: WINDOW_NS_START,
+            windows: [Window::default(); 2],
             last_work: now,
-            idle: false,
+            idle: None,
             standing: Standing { more: false, moved_at: now },
-            awake_until: policy::awake_until(mode, now, WINDOW_NS_START),
+            awake_until: now,
             wake_at: NEVER,
         };
-        slot.record().counters.window_ns.set(WINDOW_NS_START);
+        slot.show_window(Awaits::Driver);
         slot.disarm(now);
         slot
     }
@@ -99,9 +115,29 @@ impl Slot {
 
     pub(super) fn set_mode(&mut self, mode: Mode) {
         self.mode = mode;
-        if self.phase == Phase::Serving {
-            self.awake_until = policy::awake_until(mode, self.last_work, self.window_ns);
+        if let Some(idle) = self.idle
+            && self.phase == Phase::Serving
+        {
+            self.stay_awake(idle.awaits);
         }
+    }
+
+    /// Something else took the CPU while the thread polled. Whatever that is wants more of it.
+    #[cold]
+    pub(super) fn give_way(&mut self, now: Ticks) {
+        if self.mode != Mode::Hybrid || self.phase != Phase::Serving {
+            return;
+        }
+        if let Some(idle @ Idle { awaits, judged: false }) = self.idle
+            && self.awake_until > self.last_work
+        {
+            let window = &mut self.windows[awaits as usize];
+            *window = window.preempted(now.since_ns(self.last_work));
+            self.idle = Some(Idle { judged: true, ..idle });
+            self.record().counters.vain_windows.add(1);
+            self.show_window(awaits);
+        }
+        self.awake_until = now;
     }
 
     /// One turn of it. True if there was anything to do, or is.
@@ -126,7 +162,9 @@ impl Slot {
     fn account(&mut self, now: Ticks, work: Work) -> bool {
         self.wake_at = work.wake_at.unwrap_or(NEVER);
         if work.done == 0 && !work.more {
-            self.idle = true;
+            if self.idle.is_none() {
+                self.begin_wait();
+            }
             self.standing.more = false;
             self.record().counters.empty_polls.add(1);
             return false;
@@ -135,20 +173,29 @@ impl Slot {
         true
     }
 
+    fn begin_wait(&mut self) {
+        let awaits = if self.poller.awaits_completion() { Awaits::Completion } else { Awaits::Driver };
+        self.idle = Some(Idle { awaits, judged: false });
+        self.stay_awake(awaits);
+    }
+
+    fn stay_awake(&mut self, awaits: Awaits) {
+        self.awake_until = policy::awake_until(self.mode, self.last_work, self.windows[awaits as usize].ns());
+    }
+
     #[inline]
     fn worked(&mut self, now: Ticks, done: u32, more: bool) {
         if done > 0 {
-            if self.idle {
-                self.adapt_window(now.since_ns(self.last_work));
+            if let Some(Idle { awaits, judged: false }) = self.idle {
+                self.judge_window(awaits, now.since_ns(self.last_work));
             }
             self.last_work = now;
-            self.awake_until = policy::awake_until(self.mode, now, self.window_ns);
         }
         if done > 0 || !self.standing.more {
             self.standing.moved_at = now;
         }
         self.standing.more = more;
-        self.idle = false;
+        self.idle = None;
         let counters = &self.record().counters;
         counters.busy_polls.add(u64::from(done > 0));
         counters.full_polls.add(u64::from(more));
@@ -156,11 +203,25 @@ impl Slot {
     }
 
     #[inline]
-    fn adapt_window(&mut self, gap_ns: u64) {
-        let window_ns = policy::window_after(self.window_ns, gap_ns);
-        if window_ns != self.window_ns {
-            self.window_ns = window_ns;
-            self.record().counters.window_ns.set(window_ns);
+    fn judge_window(&mut self, awaits: Awaits, gap_ns: u64) {
+        if self.mode != Mode::Hybrid {
+            return;
+        }
+        let window = self.windows[awaits as usize];
+        let (caught, polled) = (window.catches(gap_ns), window.ns() > 0);
+        let counters = &self.record().counters;
+        counters.catches.add(u64::from(caught));
+        counters.vain_windows.add(u64::from(polled && !caught));
+        let after = window.after(gap_ns);
+        if after != window {
+            self.windows[awaits as usize] = after;
+            self.show_window(awaits);
+        }
+    }
+
+    fn show_window(&self, awaits: Awaits) {
+        if awaits == Awaits::Driver {
+            self.record().counters.window_ns.set(self.windows[awaits as usize].ns());
         }
     }
 

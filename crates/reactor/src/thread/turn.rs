@@ -17,7 +17,7 @@ use super::slot::{Slot, message};
 use crate::epoll::{Epoll, Watch, Woken};
 use crate::fair;
 use crate::mailbox::Inbox;
-use crate::policy::{self, Mode, Rest};
+use crate::policy::{self, Mode, PREEMPTED_NS, Rest};
 use crate::record::Record;
 use crate::stats::ThreadCounters;
 use crate::{Budget, Clock, Ticks, timer};
@@ -36,6 +36,8 @@ pub(super) struct Turn {
     /// When the running turn began, and whether it is owed to the only poller.
     begun: Ticks,
     owed: bool,
+    /// The last turn had nothing to do, and the thread did not sleep after it.
+    polling: bool,
     /// Some poller drains, or has drained and is to be dropped.
     leaving: bool,
     stopping: bool,
@@ -61,6 +63,7 @@ impl Turn {
             lead: 0,
             begun: now,
             owed: false,
+            polling: false,
             leaving: false,
             stopping: false,
         }
@@ -70,6 +73,7 @@ impl Turn {
     pub(super) fn run(mut self) {
         loop {
             let now = self.clock.now();
+            let preempted = self.polling && now.since_ns(self.begun) > PREEMPTED_NS;
             self.begin(now);
             if self.inbox.is_rung() {
                 self.read_messages(now);
@@ -81,10 +85,15 @@ impl Turn {
                     return;
                 }
             }
+            self.polling = !worked;
             if !worked {
                 self.counters.empty_turns.add(1);
+                if preempted {
+                    self.slots.iter_mut().for_each(|slot| slot.give_way(now));
+                }
                 if let Rest::Sleep(deadline) = policy::rest(now, self.slots.iter().map(Slot::rest)) {
                     self.sleep(now, deadline);
+                    self.polling = false;
                 }
             }
         }

@@ -255,9 +255,9 @@ mod tests {
     use super::*;
 
     fn eventually(condition: impl Fn() -> bool) {
-        let deadline = Instant::now() + Duration::from_secs(20);
+        let deadline = Instant::now() + Duration::from_secs(120);
         while !condition() {
-            assert!(Instant::now() < deadline, "not within 20 seconds");
+            assert!(Instant::now() < deadline, "waited in vain");
             thread::yield_now();
         }
     }
@@ -286,8 +286,11 @@ mod tests {
         eventually(|| running().asleep.load(Ordering::SeqCst));
         a_write_that_blocks_is_interrupted_as_often_as_it_is_tried();
         eventually(|| running().asleep.load(Ordering::SeqCst));
-        assert_eq!(guarded(|| 7), 7);
-        eventually(|| !running().asleep.load(Ordering::SeqCst));
+        // It goes to sleep again, which can be sooner than this thread looks.
+        eventually(|| {
+            assert_eq!(guarded(|| 7), 7);
+            !running().asleep.load(Ordering::SeqCst)
+        });
     }
 
     #[test]

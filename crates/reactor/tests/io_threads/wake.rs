@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use reactor::{Mode, Work};
+use rustix::thread::{CpuSet, sched_setaffinity};
 
 use crate::fake::{Call, Queue, Script, pool, wait_until};
 
@@ -121,4 +122,27 @@ fn a_change_of_mode_takes_effect_while_it_runs() {
     assert_eq!(handle.set_mode(Mode::Poll), Mode::Poll);
     let polls = handle.stats().empty_polls;
     wait_until("it polls again", || handle.stats().empty_polls > polls + 10_000);
+}
+
+/// Driver and I/O thread on one CPU: the driver runs when the thread sleeps, so there is nothing for polling to catch.
+#[test]
+fn a_hybrid_thread_hardly_polls_in_vain_for_a_driver_on_its_own_cpu() {
+    const REQUESTS: u64 = 2_000;
+    let (pool, queue) = (pool(), Queue::new());
+    let handle = queue.serve(&pool, Mode::Hybrid);
+    let cpu = handle.cpu();
+    let driver = queue.clone();
+    let run = move || {
+        let mut set = CpuSet::new();
+        set.set(cpu as usize);
+        sched_setaffinity(None, &set).unwrap();
+        for request in 1..=REQUESTS {
+            driver.submit();
+            driver.wait_served(request);
+        }
+    };
+    std::thread::spawn(run).join().unwrap();
+    let stats = handle.stats();
+    assert!(stats.vain_windows * 10 < stats.done, "{stats:?}");
+    handle.remove().unwrap();
 }

@@ -1,10 +1,11 @@
 //! What outlives a queue: the log of written pages, the record of requests in flight, the device's own state.
 
 use std::os::fd::OwnedFd;
+use std::sync::PoisonError;
 
 use super::{Applied, Reply, Session, SessionError};
 use crate::device_state::{Progress, Transfer};
-use crate::inflight::{self, Records};
+use crate::inflight::{self, RecordId, Records};
 use crate::lease::{self, RecordLease};
 use crate::log::{self, LogError};
 use crate::peer_log::Kind;
@@ -15,7 +16,8 @@ const NO_FD: u64 = 1 << 8;
 
 impl Session {
     pub(super) fn set_log_base(&mut self, len: u64, offset: u64, fd: &OwnedFd) -> Applied<Reply> {
-        let log = log::map(fd, offset, len).map_err(|e: LogError| SessionError::Log(e.to_string()))?;
+        let log = log::map(&self.mappings, fd, offset, len)
+            .map_err(|e: LogError| SessionError::Log(e.to_string()))?;
         if !log.covers(self.memory.memory()) && self.log_limits.admits(Kind::Noted) {
             tracing::warn!(bytes = len, "the dirty log is shorter than guest memory");
         }
@@ -39,12 +41,26 @@ impl Session {
     }
 
     pub(super) fn set_inflight(&mut self, info: InflightInfo, fd: &OwnedFd) -> Applied {
-        let inflight = Records::map(info, fd).map_err(|e| SessionError::Record(e.to_string()))?;
+        let inflight =
+            Records::map(&self.mappings, info, fd).map_err(|e| SessionError::Record(e.to_string()))?;
         let lease = RecordLease::take(fd, self.lease.as_ref(), lease::WAIT)?;
+        self.meet_driver(fd, inflight.are_begun(self.format()))?;
         self.reconfigure(|session| {
             session.inflight = Some(inflight);
             session.lease = lease;
         })
+    }
+
+    /// Takes note of whose requests are recorded in `fd`, which has been `begun` before or not. Those of a driver that
+    /// was another service's tell that what this driver has set is not known here.
+    fn meet_driver(&mut self, fd: &OwnedFd, begun: bool) -> Applied {
+        let id = RecordId::of(fd).map_err(|e| SessionError::Record(e.to_string()))?;
+        let known = self.record.lock().unwrap_or_else(PoisonError::into_inner).replace(id) == Some(id);
+        if begun && !known {
+            self.device.take_over();
+            self.config_unread = false;
+        }
+        Ok(())
     }
 
     pub(super) fn set_device_state_fd(&mut self, direction: Direction, fd: Result<OwnedFd, String>) -> Reply {
@@ -85,6 +101,7 @@ impl Session {
         let result = match transfer.advance() {
             Ok(Progress::Waiting) => return,
             Ok(Progress::Done(state)) if transfer.direction() == Direction::Load => {
+                self.config_unread = false;
                 self.device.restore(&state).map_err(|error| error.to_string())
             }
             Ok(Progress::Done(_)) => Ok(()),

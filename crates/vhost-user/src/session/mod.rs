@@ -10,7 +10,10 @@
 //! specification would have a network device throw packets away then. Nothing is lost this way, and no front end
 //! disables a ring that its driver uses.)
 //!
-//! When the session ends, its queues stop, the device forgets what the driver had set, and the memory is unmapped.
+//! When the session ends, its queues stop and the memory is unmapped. What the driver had set in the device stays: it may
+//! be the same driver that comes with the next session, behind a front end that does not repeat it (QEMU). It is forgotten
+//! when a front end reads the configuration space before any ring runs. Such a front end shows its driver what it has
+//! read; all others go on showing what they know from before, after a lost connection as after RESET_DEVICE.
 
 mod error;
 mod migration;
@@ -22,13 +25,13 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vhost::vhost_user::message::{VhostUserProtocolFeatures as Protocol, VhostUserVirtioFeatures};
 use virtio::features::RING_FEATURES;
-use virtio::memory::DirtyLog;
+use virtio::memory::{DirtyLog, Quota};
 use virtio::{Device, QueueSet, Trust};
 
 use crate::backend_channel::Channel;
 use crate::bell::Bell;
 use crate::device_state::Transfer;
-use crate::inflight::Records;
+use crate::inflight::{RecordId, Records};
 use crate::intake::PeerFd;
 use crate::lease::RecordLease;
 use crate::memory_table::MemoryTable;
@@ -97,9 +100,13 @@ pub(crate) struct Session {
     features: u64,
     protocol: Protocol,
     memory: MemoryTable,
+    /// The device's share of the memory mappings in this process.
+    mappings: Quota,
     vrings: Vec<Vring>,
     log: Option<DirtyLog>,
     inflight: Option<Records>,
+    /// The record of the driver that the device knows, in this session and the ones before.
+    record: Arc<Mutex<Option<RecordId>>>,
     /// Under which the queues work on guest memory.
     lease: Option<RecordLease>,
     channel: Option<Arc<Channel>>,
@@ -113,17 +120,23 @@ pub(crate) struct Session {
     transferred: Option<bool>,
     /// The front end is to be told that the configuration changed.
     config_pending: bool,
+    /// In the life of the driver that is about to begin, the configuration was neither read nor written.
+    config_unread: bool,
 }
 
 impl Session {
-    /// `bell` is rung when [`Session::flush`] should be called.
+    /// `bell` is rung when [`Session::flush`] should be called; `record` is that of the device in all its sessions.
     pub(crate) fn new(
         queues: Arc<Mutex<QueueSet>>,
         options: SessionOptions,
         bell: Arc<Bell>,
         log_limits: Arc<PeerLog>,
+        record: Arc<Mutex<Option<RecordId>>>,
     ) -> Self {
-        let device = lock(&queues).device().clone();
+        let (device, mappings) = {
+            let queues = lock(&queues);
+            (queues.device().clone(), queues.mappings().clone())
+        };
         Self {
             vrings: (0..device.queues()).map(|_| Vring::default()).collect(),
             device,
@@ -134,9 +147,11 @@ impl Session {
             trust: Trust::default(),
             features: 0,
             protocol: Protocol::empty(),
-            memory: MemoryTable::default(),
+            memory: MemoryTable::new(mappings.clone()),
+            mappings,
             log: None,
             inflight: None,
+            record,
             lease: None,
             channel: None,
             notifier: None,
@@ -145,6 +160,7 @@ impl Session {
             transfer: None,
             transferred: None,
             config_pending: false,
+            config_unread: true,
         }
     }
 
@@ -198,7 +214,7 @@ impl Session {
             Request::SetFeatures(features) => self.set_features(features)?,
             Request::SetProtocolFeatures(features) => self.set_protocol_features(features)?,
             Request::SetMemTable(regions) => {
-                let table = MemoryTable::new(regions)?;
+                let table = self.memory.replaced(regions)?;
                 self.reconfigure(|session| session.memory = table)?;
             }
             Request::AddMemReg(info, fd) => {
@@ -342,7 +358,10 @@ impl Session {
 
     // The device.
 
-    fn get_config(&self, offset: u32, len: u32, flags: u32) -> Reply {
+    fn get_config(&mut self, offset: u32, len: u32, flags: u32) -> Reply {
+        if std::mem::take(&mut self.config_unread) {
+            self.device.reset();
+        }
         // Front ends ask for as much as the largest device of the type has; what this one lacks reads as zero.
         let config = self.device.config();
         let (start, len) = (offset as usize, len as usize);
@@ -353,6 +372,7 @@ impl Session {
     }
 
     fn set_config(&mut self, offset: u32, data: &[u8], migration: bool) -> Applied {
+        self.config_unread = false;
         if migration {
             // Read-only fields may be set too, to what they are on this side anyway.
             let start = offset as usize;
@@ -386,7 +406,7 @@ impl Session {
             (vring.position, vring.addresses) = (Position::Unknown, None);
         }
         self.status = 0;
-        self.device.reset();
+        self.config_unread = true;
     }
 
     /// Stops all rings until they are kicked again.
@@ -408,7 +428,6 @@ impl Session {
 impl Drop for Session {
     fn drop(&mut self) {
         self.queues().stop_all();
-        self.device.reset();
     }
 }
 

@@ -185,6 +185,7 @@ impl Session {
             on_error: Some(self.on_error(index)),
         };
         self.queues().start(config)?;
+        self.config_unread = false;
         tracing::debug!(ring = index, size = place.config.size, format = ?place.config.format, "ring started");
         self.offer_notifier(index);
         Ok(())

@@ -84,7 +84,6 @@ fn a_front_end_that_has_gone_makes_room_for_the_next() {
         assert_eq!(host.handle.status().sessions, round);
     }
     eventually("the session ends", || host.handle.status().peer.is_none());
-    assert_eq!(host.device.resets.load(Ordering::SeqCst), 3);
     assert_eq!(host.handle.status().last_error, None);
     assert_eq!(host.handle.status().refused, 0);
 }
@@ -122,4 +121,27 @@ fn shutdown_completes_what_is_in_flight() {
     vm.wait(0, 1);
     assert_eq!(vm.guest.read(at, 4), b"held");
     assert!(!host.path.exists());
+}
+
+#[test]
+fn what_needs_a_device_without_front_end_is_done_only_then() {
+    let host = Host::new(1);
+    assert_eq!(host.handle.unless_connected(|| 7), Some(7));
+    let mut vm = Vm::new(&host, RingFormat::Split, 1);
+    assert!(host.handle.status().connected);
+    assert_eq!(host.handle.unless_connected(|| 7), None);
+    // It has the device whether or not a ring runs.
+    vm.frontend.reset_device().unwrap();
+    assert_eq!(host.handle.unless_connected(|| 7), None);
+    drop(vm);
+    eventually("the session ends", || host.handle.unless_connected(|| 7).is_some());
+    // One that connects while it is done has to wait.
+    let begun = host.handle.unless_connected(|| {
+        let frontend = host.frontend();
+        let sessions = host.handle.clone();
+        (frontend, sessions)
+    });
+    let (frontend, handle) = begun.unwrap();
+    frontend.set_owner().unwrap();
+    eventually("it is served", || handle.status().connected);
 }

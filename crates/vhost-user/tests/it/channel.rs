@@ -3,7 +3,6 @@
 use std::io::Read;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::time::Duration;
 
 use reactor::Mode;
 use vhost::vhost_user::message::{BackendReq, FrontendReq, VhostUserProtocolFeatures as Protocol};
@@ -12,7 +11,7 @@ use virtio::features::{EVENT_IDX, IN_ORDER, RING_PACKED};
 
 use crate::device::Echo;
 use crate::guest::{Driver, Guest, USER};
-use crate::host::{Host, LOG_ALL, eventually};
+use crate::host::{Host, LOG_ALL, PATIENCE, eventually};
 use crate::negotiation::{new_eventfd, read_eventfd};
 use crate::raw::{NEED_REPLY, Raw, longs, words};
 
@@ -27,7 +26,7 @@ struct Peer {
 impl Peer {
     fn new(host: &Host, protocol: Protocol) -> Self {
         let (channel, theirs) = UnixStream::pair().unwrap();
-        channel.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+        channel.set_read_timeout(Some(PATIENCE)).unwrap();
         Self::with_channel(host, protocol, channel, &theirs.into())
     }
 
@@ -105,7 +104,7 @@ fn kicks_and_calls_go_in_band() {
 fn calls_that_find_the_channel_full_come_later() {
     let host = Host::new(1);
     let (channel, theirs) = UnixStream::pair().unwrap();
-    channel.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    channel.set_read_timeout(Some(PATIENCE)).unwrap();
     let theirs: OwnedFd = theirs.into();
     let mut peer = Peer::with_channel(&host, IN_BAND, channel, &theirs);
     peer.request(FrontendReq::SET_VRING_ENABLE, &words(&[0, 1]));

@@ -53,7 +53,9 @@ impl Scene {
     }
 
     fn check_neighbour(&mut self) {
+        let mark = self.neighbour.guest.mark();
         self.neighbour.echo(0, b"still there");
+        self.neighbour.guest.rewind(mark);
     }
 
     /// Nobody waits for what is still stuck.

@@ -34,6 +34,8 @@ pub(crate) struct Echo {
     listener: Mutex<Option<ConfigListener>>,
     pub(crate) state: Mutex<Vec<u8>>,
     pub(crate) resets: AtomicUsize,
+    /// Times that it was told to take over a driver it does not know.
+    pub(crate) take_overs: AtomicUsize,
     pub(crate) switches: Arc<Switches>,
 }
 
@@ -45,6 +47,7 @@ impl Echo {
             listener: Mutex::default(),
             state: Mutex::new(b"initial".to_vec()),
             resets: AtomicUsize::new(0),
+            take_overs: AtomicUsize::new(0),
             switches: Arc::default(),
         })
     }
@@ -100,6 +103,11 @@ impl Device for Echo {
 
     fn reset(&self) {
         self.resets.fetch_add(1, Ordering::SeqCst);
+        self.config.lock().unwrap()[WRITABLE_AT as usize] = WRITABLE_AT as u8;
+    }
+
+    fn take_over(&self) {
+        self.take_overs.fetch_add(1, Ordering::SeqCst);
     }
 
     fn save(&self) -> Vec<u8> {

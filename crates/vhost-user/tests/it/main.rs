@@ -6,6 +6,7 @@
 mod blocked;
 mod bring_up;
 mod channel;
+mod choice;
 mod descriptors;
 mod device;
 mod fuse;

@@ -2,14 +2,17 @@
 
 use std::fs::File;
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use reactor::{Mode, Pool};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use vhost::vhost_user::VhostUserFrontend;
 use vhost::vhost_user::message::FrontendReq;
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo};
 use virtio::RingFormat;
 
+use crate::device::Echo;
 use crate::guest::{Driver, Guest, START, USER};
 use crate::host::{Host, Vm, eventually, wait_readable};
 use crate::raw::{Raw, longs};
@@ -79,6 +82,8 @@ fn a_refused_region_changes_nothing() {
         region(&short, free, 4096, u64::MAX - 4096),
         region(&short, u64::MAX - 4096, 4096, 0),
         region(&short, START, 4096, 0),
+        region(&short, free, 4095, 0),
+        region(&short, free, 1, 0),
         region(&directory, free, 4096, 0),
         region(&device, free, 4096, 0),
         region(&pipe, free, 4096, 0),
@@ -119,6 +124,27 @@ fn more_regions_than_there_are_slots_are_refused() {
     frontend.add_mem_region(&region(509)).expect_err("the 510th");
     frontend.remove_mem_region(&region(100)).unwrap();
     frontend.add_mem_region(&region(509)).unwrap();
+}
+
+#[test]
+fn front_ends_with_all_the_regions_there_may_be_leave_room_for_others() {
+    let pool = Arc::new(Pool::start(reactor::Options::default()).unwrap());
+    let hosts: Vec<Host> = (0..9)
+        .map(|i| Host::on(pool.clone(), &format!("disk{i}"), Echo::new(1), |_| {}, Mode::Hybrid))
+        .collect();
+    let vms: Vec<Vm> = hosts.iter().map(|host| Vm::negotiated(host, RingFormat::Split)).collect();
+    for vm in &vms {
+        for i in 0..509 {
+            let region = VhostUserMemoryRegionInfo {
+                guest_phys_addr: i * 8192,
+                memory_size: 4096,
+                userspace_addr: USER + i * 8192,
+                mmap_offset: 0,
+                mmap_handle: vm.guest.files[0].as_raw_fd(),
+            };
+            vm.frontend.clone().add_mem_region(&region).unwrap();
+        }
+    }
 }
 
 #[test]

@@ -57,10 +57,9 @@ fn writes_are_logged_while_logging_is_on() {
         vm.wait(0, 1);
         let pages = take_pages(&log);
         assert!(pages.contains(&(at.0 / 4096)), "{pages:?} has the answer at {at}");
-        let used = vm.lines[0].driver.config.device.0 / 4096;
-        if format == RingFormat::Split {
-            assert!(pages.contains(&used), "{pages:?} has the used ring in {used}");
-        }
+        let config = vm.lines[0].driver.config;
+        let used = if format == RingFormat::Split { config.device } else { config.desc };
+        assert!(pages.contains(&(used.0 / 4096)), "{pages:?} has what was used in the ring at {used}");
 
         vm.frontend.set_features(vm.features).unwrap();
         vm.frontend.set_vring_addr(0, &vm.lines[0].driver.addresses()).unwrap();

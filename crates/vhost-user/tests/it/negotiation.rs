@@ -1,9 +1,9 @@
 //! Features, replies, configuration, status.
 
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::atomic::Ordering;
+use std::sync::Arc;
 
-use reactor::Mode;
+use reactor::{Mode, Pool};
 use rustix::event::{EventfdFlags, eventfd};
 use vhost::VhostBackend;
 use vhost::vhost_user::VhostUserFrontend;
@@ -177,9 +177,7 @@ fn status_and_reset() {
     let host = Host::new(1);
     let mut vm = Vm::new(&host, RingFormat::Split, 1);
     vm.echo(0, b"data");
-    let resets = host.device.resets.load(Ordering::SeqCst);
     vm.frontend.reset_device().unwrap();
-    assert_eq!(host.device.resets.load(Ordering::SeqCst), resets + 1);
     let queue = host.handle.status().queues[0];
     assert!(!queue.started && !queue.enabled && queue.counters.is_none());
     // Ready to be set up again.
@@ -221,8 +219,13 @@ fn a_broken_ring_is_reported_in_every_way() {
 
 #[test]
 fn a_front_end_may_poll_and_be_polled() {
+    [Mode::Poll, Mode::Hybrid, Mode::Notify].into_iter().for_each(poll_and_be_polled);
+}
+
+fn poll_and_be_polled(mode: Mode) {
     const NO_FD: u64 = 0x100;
-    let host = Host::with(Echo::new(1), |_| {}, Mode::Poll);
+    let pool = Arc::new(Pool::start(reactor::Options::default()).unwrap());
+    let host = Host::on(pool.clone(), "test", Echo::new(1), |_| {}, mode);
     let mut raw = Raw::connect(&host.path);
     raw.negotiate(LOG_ALL | RING_PACKED | virtio::features::IN_ORDER);
     let mut guest = Guest::new(1, 1 << 20);
@@ -246,6 +249,12 @@ fn a_front_end_may_poll_and_be_polled() {
         assert_eq!(guest.read(at, 4), i.to_le_bytes());
     }
     assert_eq!(raw.ask(FrontendReq::GET_QUEUE_NUM), Some(1));
+    if mode != Mode::Poll {
+        // A front end that does not kick has no thread of ours spin.
+        let sleeps = || pool.report().iter().map(|thread| thread.stats.sleeps).sum::<u64>();
+        let before = sleeps();
+        eventually("the thread sleeps between two looks", || sleeps() > before + 2);
+    }
 }
 
 #[test]

@@ -1,8 +1,9 @@
 //! The record of requests in flight that outlives the service (vhost-user specification, "Inflight I/O tracking").
 //!
 //! It stands in memory shared with the front end, which keeps it when the service dies and hands it to the next one.
-//! That one finds there which chains were taken and not given back, and takes them again. Every step is a plain store
-//! in program order (x86-64 keeps the order of stores), so the record is right wherever the service is killed.
+//! That one finds there which chains were taken and not given back, and takes them again. The service can be killed
+//! between any two stores, and the record is right after each of them. Where their order matters, the later one is a
+//! release store.
 //!
 //! The layouts are the specification's: a front end may hand a record from one back end to another.
 
@@ -10,6 +11,7 @@ mod packed;
 mod split;
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use crate::memory::{Area, Backing};
 use crate::ring::{Chains, DeviceRing, RingError, RingFormat, RingState, Token};
@@ -17,8 +19,9 @@ use crate::ring::{Chains, DeviceRing, RingError, RingFormat, RingState, Token};
 use packed::PackedInflight;
 use split::SplitInflight;
 
-/// The version of both layouts.
+/// The version of both layouts, and where it stands in both. All zeros, a record is not begun.
 const RECORD_VERSION: u16 = 1;
+const VERSION_AT: usize = 8;
 
 /// Why a record cannot be used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -61,7 +64,14 @@ impl Inflight {
         }
     }
 
-    /// Opens the record at `offset` of `backing`, and begins it if it is all zeros.
+    /// Whether the record at `offset` of `backing` has been begun, by this process or another.
+    #[must_use]
+    pub fn is_begun(backing: Arc<dyn Backing>, offset: usize) -> bool {
+        let header = Area::new(backing, offset, VERSION_AT + 2, 8);
+        header.is_some_and(|header| header.u16(VERSION_AT).load(Ordering::Relaxed) != 0)
+    }
+
+    /// Opens the record at `offset` of `backing`. One that is all zeros begins with its queue.
     ///
     /// # Errors
     /// It does not fit, or belongs to a ring of another size or layout.
@@ -90,17 +100,24 @@ impl Inflight {
 
     /// Finds out what a previous service left, and where the ring therefore stands. `ring` is the ring as it was found;
     /// `state` where the front end says it stands.
-    pub(crate) fn recover(&mut self, ring: &DeviceRing, state: Option<RingState>) -> RingState {
+    ///
+    /// # Errors
+    /// The record is damaged.
+    pub(crate) fn recover(
+        &mut self,
+        ring: &DeviceRing,
+        state: Option<RingState>,
+    ) -> Result<RingState, RingError> {
         let state = match (&mut self.0, ring) {
             (Record::Split(record), _) => record.recover(ring.state().used),
-            (Record::Packed(record), DeviceRing::Packed(ring)) => record.recover(ring, state),
+            (Record::Packed(record), DeviceRing::Packed(ring)) => record.recover(ring, state)?,
             (Record::Packed(_), DeviceRing::Split(_)) => ring.state(),
         };
         let requests = self.resubmissions();
         if requests > 0 {
             tracing::info!(requests, "taking up requests of a previous service");
         }
-        state
+        Ok(state)
     }
 
     /// Chains of a previous service that are still to be taken again.
@@ -139,17 +156,19 @@ impl Inflight {
     #[inline(always)]
     pub(crate) fn take(&mut self, ring: &DeviceRing, from: RingState, burst: &[Token], chains: &Chains) {
         match (&mut self.0, ring) {
-            (Record::Split(record), _) => burst.iter().for_each(|token| record.take(chains.id(token))),
-            (Record::Packed(record), DeviceRing::Packed(ring)) => record.take(ring, from, burst, chains),
+            (Record::Split(record), _) => record.take(burst, chains),
+            (Record::Packed(record), DeviceRing::Packed(ring)) => {
+                record.take(ring, from.avail, burst, chains)
+            }
             (Record::Packed(_), DeviceRing::Split(_)) => {}
         }
     }
 
     /// Notes that a chain is done and about to be published.
     #[inline(always)]
-    pub(crate) fn put(&mut self, token: &Token, chains: &Chains) {
+    pub(crate) fn put(&mut self, token: &Token) {
         match &mut self.0 {
-            Record::Split(record) => record.put(chains.id(token)),
+            Record::Split(record) => record.put(token),
             Record::Packed(record) => record.put(token),
         }
     }
@@ -157,8 +176,9 @@ impl Inflight {
     /// All that was put is about to be published, after which the ring stands at `state`.
     #[inline(always)]
     pub(crate) fn publishing(&mut self, state: RingState) {
-        if let Record::Packed(record) = &mut self.0 {
-            record.publishing(state);
+        match &mut self.0 {
+            Record::Split(record) => record.publishing(),
+            Record::Packed(record) => record.publishing(state),
         }
     }
 

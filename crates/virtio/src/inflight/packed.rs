@@ -1,9 +1,10 @@
 //! The record of a packed queue: copies of the descriptors taken, since the ring's own are overwritten by used ones.
 //!
-//! Entries in use form a list per chain, the others the free list. Position and free list exist twice, now and as of
-//! the last publication (`old_…`), so that a service that died in between can be told to have published or not.
+//! Entries in use form a list per chain, the others the free list. Position and head of the free list exist twice, now
+//! and as of the last publication (`old_…`), so that a service that died in between can be told to have published or not.
+//! What changes together lies in one word and is stored at once.
 
-use std::sync::atomic::{Ordering, compiler_fence};
+use std::sync::atomic::Ordering;
 
 use crate::memory::Area;
 use crate::ring::{Chains, Descriptor, PackedDevice, RingError, RingState, Token};
@@ -12,34 +13,31 @@ use super::{InflightError, RECORD_VERSION};
 
 /// Offsets in the record: the header (`struct QueueRegionPacked`), then the entries (`struct DescStatePacked`).
 mod layout {
+    /// `version`, `desc_num`, and the heads of the free list, 16 bits each.
+    pub(super) const HEADER: usize = 8;
     pub(super) const VERSION: usize = 8;
     pub(super) const DESC_NUM: usize = 10;
     pub(super) const FREE_HEAD: usize = 12;
     pub(super) const OLD_FREE_HEAD: usize = 14;
-    pub(super) const USED_IDX: usize = 16;
-    pub(super) const OLD_USED_IDX: usize = 18;
-    pub(super) const USED_WRAP: usize = 20;
-    pub(super) const OLD_USED_WRAP: usize = 21;
+    /// `used_idx`, `old_used_idx` of 16 bits, `used_wrap_counter`, `old_used_wrap_counter` of 8, 16 bits of padding.
+    pub(super) const POSITIONS: usize = 16;
     pub(super) const ENTRIES: usize = 32;
     pub(super) const ENTRY_BYTES: usize = 32;
-    /// In a chain's first entry: taken and not given back.
+    /// `inflight` and padding of 8 bits, `next`, `last`, `num` of 16. All but `next` mean something in a chain's first
+    /// entry only: taken and not given back, its last entry, and how many there are.
+    pub(super) const LINKS: usize = 0;
     pub(super) const INFLIGHT: usize = 0;
     /// The next entry of the chain or of the free list; the ring's size ends it.
     pub(super) const NEXT: usize = 2;
-    /// In a chain's first entry: its last one, and how many there are.
-    pub(super) const LAST: usize = 4;
-    pub(super) const NUM: usize = 6;
     /// In a chain's first entry: when it was taken.
     pub(super) const COUNTER: usize = 8;
-    /// The descriptor: id and flags, length, address.
-    pub(super) const ID: usize = 16;
-    pub(super) const FLAGS: usize = 18;
-    pub(super) const LEN: usize = 20;
+    /// The descriptor: `id` and `flags` of 16 bits, `len` of 32; then `addr`.
+    pub(super) const DESCRIPTOR: usize = 16;
     pub(super) const ADDR: usize = 24;
 }
 use layout::{
-    ADDR, COUNTER, DESC_NUM, ENTRIES, ENTRY_BYTES, FLAGS, FREE_HEAD, ID, INFLIGHT, LAST, LEN, NEXT, NUM,
-    OLD_FREE_HEAD, OLD_USED_IDX, OLD_USED_WRAP, USED_IDX, USED_WRAP, VERSION,
+    ADDR, COUNTER, DESC_NUM, DESCRIPTOR, ENTRIES, ENTRY_BYTES, FREE_HEAD, HEADER, INFLIGHT, LINKS, NEXT,
+    OLD_FREE_HEAD, POSITIONS, VERSION,
 };
 
 /// Bytes that the record takes.
@@ -47,11 +45,22 @@ pub(super) fn bytes(size: u16) -> usize {
     (ENTRIES + usize::from(size) * ENTRY_BYTES).next_multiple_of(64)
 }
 
-/// A chain of a previous service: its first entry and its descriptors.
-pub(super) struct Left {
+/// The entries of one chain.
+#[derive(Clone, Copy, Default)]
+struct List {
     first: u16,
+    last: u16,
+}
+
+/// A chain of a previous service: its entries and their descriptors.
+pub(super) struct Left {
+    counter: u64,
+    list: List,
     descriptors: Vec<Descriptor>,
 }
+
+/// A used index and its wrap counter.
+type Position = (u16, bool);
 
 /// The record of one packed queue.
 pub(super) struct PackedInflight {
@@ -60,8 +69,13 @@ pub(super) struct PackedInflight {
     /// It was all zeros: the ring stands where the front end says.
     fresh: bool,
     counter: u64,
-    /// By slot: the chain's first entry.
-    first_of: Box<[u16]>,
+    /// The links of all entries and the head of the free list. The record has the same, but the front end can write it.
+    next: Box<[u16]>,
+    free: u16,
+    /// Where the ring stood at the last publication.
+    committed: Position,
+    /// By slot.
+    chains: Box<[List]>,
     /// First entries of chains completed since the last publication.
     batch: Vec<u16>,
     /// Chains of a previous service, the next one last.
@@ -72,173 +86,211 @@ impl PackedInflight {
     pub(super) fn new(area: Area, size: u16) -> Result<Self, InflightError> {
         let version = area.u16(VERSION).load(Ordering::Relaxed);
         let found = area.u16(DESC_NUM).load(Ordering::Relaxed);
-        match (version, found) {
-            (0, _) => {
-                for index in 0..size {
-                    area.u16(entry(index) + NEXT).store(index + 1, Ordering::Relaxed);
-                }
-                area.u16(DESC_NUM).store(size, Ordering::Relaxed);
-                area.u16(VERSION).store(RECORD_VERSION, Ordering::Release);
-            }
-            (RECORD_VERSION, found) if found == size => {}
-            (version, found) => return Err(InflightError::Mismatch { version, size: found, expected: size }),
+        if version != 0 && (version, found) != (RECORD_VERSION, size) {
+            return Err(InflightError::Mismatch { version, size: found, expected: size });
         }
         Ok(Self {
             area,
             size,
             fresh: version == 0,
             counter: 0,
-            first_of: (0..size).collect(),
+            next: (1..=size).collect(),
+            free: 0,
+            committed: (0, true),
+            chains: (0..size).map(|_| List::default()).collect(),
             batch: Vec::with_capacity(size.into()),
             resubmit: Vec::new(),
         })
     }
 
-    pub(super) fn recover(&mut self, ring: &PackedDevice, state: Option<RingState>) -> RingState {
+    pub(super) fn recover(
+        &mut self,
+        ring: &PackedDevice,
+        state: Option<RingState>,
+    ) -> Result<RingState, RingError> {
         if self.fresh {
-            let state = state.unwrap_or(RingState::NEW);
-            self.publishing(state);
-            self.published(state);
-            return state;
+            return Ok(self.begin(state.unwrap_or(RingState::NEW)));
         }
-        let (now, old) = (self.position(USED_IDX, USED_WRAP), self.position(OLD_USED_IDX, OLD_USED_WRAP));
-        if now != old && ring.is_used_at(old.0, old.1) {
-            // It died after publishing and before saying so.
-            self.commit();
-        } else {
-            self.roll_back();
-        }
-        let mut index = self.u16(FREE_HEAD);
-        for _ in 0..self.size {
-            if index >= self.size {
-                break;
+        let (now, old) = self.positions();
+        for (offset, _) in [now, old] {
+            if offset >= self.size {
+                return Err(RingError::BadState(offset, self.size));
             }
-            self.area.u8(entry(index) + INFLIGHT).store(0, Ordering::Relaxed);
-            index = self.u16(entry(index) + NEXT);
         }
-        let mut left: Vec<(u64, Left)> = (0..self.size)
-            .filter(|&first| self.area.u8(entry(first) + INFLIGHT).load(Ordering::Relaxed) != 0)
-            .map(|first| {
-                let counter = self.area.u64(entry(first) + COUNTER).load(Ordering::Relaxed);
-                (counter, Left { first, descriptors: self.chain_at(first) })
-            })
-            .collect();
-        left.sort_unstable_by_key(|&(counter, _)| std::cmp::Reverse(counter));
-        self.counter = left.first().map_or(0, |(counter, _)| counter.wrapping_add(1));
-        let outstanding: usize = left.iter().map(|(_, left)| left.descriptors.len()).sum();
-        self.resubmit = left.into_iter().map(|(_, left)| left).collect();
-        let (used, used_wrap) = self.position(USED_IDX, USED_WRAP);
-        ring.forget_used((used, used_wrap), outstanding.min(self.size.into()) as u16)
+        // The head of the free list goes first either way: while the positions differ, the next service does this again.
+        if now != old && !ring.is_available_at(old.0, old.1) {
+            // It died after publishing and before saying so. The driver may have used the descriptor again since.
+            self.area.u16(OLD_FREE_HEAD).store(self.u16(FREE_HEAD), Ordering::Relaxed);
+            self.committed = now;
+        } else {
+            self.area.u16(FREE_HEAD).store(self.u16(OLD_FREE_HEAD), Ordering::Relaxed);
+            self.committed = old;
+        }
+        self.store_positions(self.committed, self.committed);
+        let outstanding = self.read_lists()?;
+        Ok(ring.forget_used(self.committed, outstanding))
+    }
+
+    /// Lays out a record for a ring that stands at `state`; the version, which makes it valid, goes last.
+    fn begin(&mut self, state: RingState) -> RingState {
+        for (index, &next) in self.next.iter().enumerate() {
+            self.area.u16(entry(index as u16) + NEXT).store(next, Ordering::Relaxed);
+        }
+        self.committed = (state.used, state.used_wrap);
+        self.store_positions(self.committed, self.committed);
+        // Both heads are 0.
+        let header = u64::from(RECORD_VERSION) | u64::from(self.size) << 16;
+        self.area.u64(HEADER).store(header, Ordering::Release);
+        state
+    }
+
+    /// Reads the free list and the chains in flight; returns how many descriptors those have. Each entry must be in one of
+    /// them: the front end, which keeps the record, could have written it.
+    fn read_lists(&mut self) -> Result<u16, RingError> {
+        let damaged = RingError::BadRecord { size: self.size };
+        let mut seen: Vec<bool> = vec![false; self.size.into()];
+        let mut visit = |index: u16| match seen.get_mut(usize::from(index)) {
+            Some(seen) if !*seen => {
+                *seen = true;
+                Ok(())
+            }
+            _ => Err(damaged),
+        };
+        let (mut index, mut free) = (self.u16(FREE_HEAD), 0);
+        self.free = index.min(self.size);
+        while index < self.size {
+            visit(index)?;
+            if self.is_inflight(index) {
+                self.area.u8(entry(index) + INFLIGHT).store(0, Ordering::Relaxed);
+            }
+            free += 1;
+            let next = self.u16(entry(index) + NEXT);
+            self.next[usize::from(index)] = next.min(self.size);
+            index = next;
+        }
+        let mut left = Vec::new();
+        for first in 0..self.size {
+            if !self.is_inflight(first) {
+                continue;
+            }
+            let num = (self.area.u64(entry(first) + LINKS).load(Ordering::Relaxed) >> 48) as u16;
+            let counter = self.area.u64(entry(first) + COUNTER).load(Ordering::Relaxed);
+            let mut descriptors = Vec::new();
+            let mut list = List { first, last: first };
+            let mut index = first;
+            for _ in 0..num {
+                visit(index)?;
+                descriptors.push(self.descriptor(index));
+                list.last = index;
+                let next = self.u16(entry(index) + NEXT).min(self.size);
+                self.next[usize::from(index)] = next;
+                index = next;
+            }
+            left.push(Left { counter, list, descriptors });
+        }
+        let outstanding: usize = left.iter().map(|left| left.descriptors.len()).sum();
+        if left.iter().any(|left| left.descriptors.is_empty()) || outstanding + free != self.size.into() {
+            return Err(damaged);
+        }
+        left.sort_unstable_by_key(|left| std::cmp::Reverse(left.counter));
+        self.counter = left.first().map_or(0, |left| left.counter.wrapping_add(1));
+        self.resubmit = left;
+        Ok(outstanding as u16)
     }
 
     /// Takes the oldest chain of the previous service again.
     pub(super) fn take_again(&mut self, chains: &mut Chains) -> Option<Result<Token, RingError>> {
-        let Left { first, descriptors } = self.resubmit.pop()?;
+        let Left { list, descriptors, .. } = self.resubmit.pop()?;
         let token = PackedDevice::take_copies(&descriptors, chains);
         if let Ok(token) = &token {
-            self.first_of[token.slot()] = first;
+            self.chains[token.slot()] = list;
         }
         Some(token)
     }
 
-    pub(super) fn take(&mut self, ring: &PackedDevice, from: RingState, burst: &[Token], chains: &Chains) {
-        let mut offset = from.avail;
+    /// Notes that the chains in `burst` were taken, from the ring's position `offset` on.
+    #[inline(always)]
+    pub(super) fn take(&mut self, ring: &PackedDevice, mut offset: u16, burst: &[Token], chains: &Chains) {
+        let mut free = self.free;
         for token in burst {
-            let first = self.u16(OLD_FREE_HEAD).min(self.size - 1);
             let count = chains.descriptors(token);
-            self.area.u64(entry(first) + COUNTER).store(self.counter, Ordering::Relaxed);
-            self.counter = self.counter.wrapping_add(1);
-            let mut index = first;
-            let mut last = first;
+            let mut list = List { first: free, last: free };
             for _ in 0..count {
-                let copy = ring.descriptor(offset);
-                let at = entry(index);
-                self.area.u64(at + ADDR).store(copy.addr.0, Ordering::Relaxed);
-                self.area.u32(at + LEN).store(copy.len, Ordering::Relaxed);
-                self.area.u16(at + FLAGS).store(copy.flags_packed(), Ordering::Relaxed);
-                self.area.u16(at + ID).store(copy.id_packed(), Ordering::Relaxed);
-                last = index;
-                // The front end shares the record; an index of its making must not lead outside.
-                index = self.u16(at + NEXT).min(self.size);
-                if index == self.size {
-                    break;
-                }
+                let (addr, word) = ring.descriptor(offset).to_words();
+                let at = entry(free);
+                // The same fields, but the length stands behind id and flags.
+                self.area.u64(at + DESCRIPTOR).store(word.rotate_left(32), Ordering::Relaxed);
+                self.area.u64(at + ADDR).store(addr, Ordering::Relaxed);
+                list.last = free;
+                free = self.next[usize::from(free)];
                 offset = if offset + 1 == self.size { 0 } else { offset + 1 };
             }
-            self.area.u16(entry(first) + LAST).store(last, Ordering::Relaxed);
-            self.area.u16(entry(first) + NUM).store(count, Ordering::Relaxed);
-            self.area.u16(FREE_HEAD).store(index, Ordering::Relaxed);
-            self.area.u8(entry(first) + INFLIGHT).store(1, Ordering::Release);
-            self.area.u16(OLD_FREE_HEAD).store(index, Ordering::Release);
-            self.first_of[token.slot()] = first;
+            let at = entry(list.first);
+            let next = self.next[usize::from(list.first)];
+            let links = 1 | u64::from(next) << 16 | u64::from(list.last) << 32 | u64::from(count) << 48;
+            self.area.u64(at + COUNTER).store(self.counter, Ordering::Relaxed);
+            self.area.u64(at + LINKS).store(links, Ordering::Relaxed);
+            self.counter = self.counter.wrapping_add(1);
+            self.chains[token.slot()] = list;
         }
+        // By one store: the whole burst is taken, or the free list holds all of it.
+        self.free = free;
+        self.area.u32(FREE_HEAD).store(u32::from(free) | u32::from(free) << 16, Ordering::Release);
     }
 
     #[inline(always)]
     pub(super) fn put(&mut self, token: &Token) {
-        let first = self.first_of[token.slot()];
-        let last = self.u16(entry(first) + LAST).min(self.size - 1);
-        self.area.u16(entry(last) + NEXT).store(self.u16(FREE_HEAD), Ordering::Relaxed);
-        self.area.u16(FREE_HEAD).store(first, Ordering::Release);
+        let List { first, last } = self.chains[token.slot()];
+        self.area.u16(entry(last) + NEXT).store(self.free, Ordering::Relaxed);
+        self.next[usize::from(last)] = self.free;
+        self.free = first;
         self.batch.push(first);
     }
 
+    /// The ring's publication is a release store behind these.
     #[inline(always)]
     pub(super) fn publishing(&mut self, state: RingState) {
-        self.area.u16(USED_IDX).store(state.used, Ordering::Relaxed);
-        self.area.u8(USED_WRAP).store(state.used_wrap.into(), Ordering::Release);
-        // All of this must be in memory before the ring: neither compiler nor processor (x86-64) reorders stores.
-        compiler_fence(Ordering::SeqCst);
+        if !self.batch.is_empty() {
+            self.area.u16(FREE_HEAD).store(self.free, Ordering::Relaxed);
+            self.store_positions((state.used, state.used_wrap), self.committed);
+        }
     }
 
     #[inline(always)]
-    pub(super) fn published(&mut self, _state: RingState) {
-        compiler_fence(Ordering::SeqCst);
+    pub(super) fn published(&mut self, state: RingState) {
+        // Each is a release store, so that none comes before the publication.
         for first in self.batch.drain(..) {
-            self.area.u8(entry(first) + INFLIGHT).store(0, Ordering::Relaxed);
+            self.area.u8(entry(first) + INFLIGHT).store(0, Ordering::Release);
         }
-        self.commit();
+        self.area.u16(OLD_FREE_HEAD).store(self.free, Ordering::Release);
+        self.committed = (state.used, state.used_wrap);
+        self.store_positions(self.committed, self.committed);
     }
 
-    /// What is now becomes what was last published.
-    fn commit(&self) {
-        self.copy(FREE_HEAD, OLD_FREE_HEAD, USED_IDX, OLD_USED_IDX, USED_WRAP, OLD_USED_WRAP);
-    }
-
-    /// What was last published becomes what is now.
-    fn roll_back(&self) {
-        self.copy(OLD_FREE_HEAD, FREE_HEAD, OLD_USED_IDX, USED_IDX, OLD_USED_WRAP, USED_WRAP);
-    }
-
-    fn copy(&self, head: usize, to_head: usize, used: usize, to_used: usize, wrap: usize, to_wrap: usize) {
-        self.area.u16(to_head).store(self.u16(head), Ordering::Relaxed);
-        self.area.u16(to_used).store(self.u16(used), Ordering::Relaxed);
-        self.area.u8(to_wrap).store(self.area.u8(wrap).load(Ordering::Relaxed), Ordering::Release);
-    }
-
-    /// Used index, kept inside the ring, and wrap counter.
-    fn position(&self, index: usize, wrap: usize) -> (u16, bool) {
-        (self.u16(index).min(self.size - 1), self.area.u8(wrap).load(Ordering::Relaxed) != 0)
-    }
-
-    /// The saved descriptors of the chain that begins at `first`.
-    fn chain_at(&self, first: u16) -> Vec<Descriptor> {
-        let count = self.u16(entry(first) + NUM).min(self.size);
-        let mut index = first;
-        let mut descriptors = Vec::with_capacity(count.into());
-        while descriptors.len() < count.into() && index < self.size {
-            let at = entry(index);
-            let words = (
-                self.area.u64(at + ADDR).load(Ordering::Relaxed),
-                self.area.u32(at + LEN).load(Ordering::Relaxed),
-            );
-            descriptors.push(Descriptor::packed(words.0, words.1, self.u16(at + ID), self.u16(at + FLAGS)));
-            index = self.u16(at + NEXT);
-        }
-        descriptors
+    fn positions(&self) -> (Position, Position) {
+        let word = self.area.u64(POSITIONS).load(Ordering::Relaxed);
+        let [now, now_high, old, old_high, now_wrap, old_wrap, _, _] = word.to_le_bytes();
+        let index = |low, high| u16::from_le_bytes([low, high]);
+        ((index(now, now_high), now_wrap != 0), (index(old, old_high), old_wrap != 0))
     }
 
     #[inline(always)]
+    fn store_positions(&self, now: Position, old: Position) {
+        let indices = u64::from(now.0) | u64::from(old.0) << 16;
+        let wraps = u64::from(now.1) << 32 | u64::from(old.1) << 40;
+        self.area.u64(POSITIONS).store(indices | wraps, Ordering::Release);
+    }
+
+    fn is_inflight(&self, index: u16) -> bool {
+        self.area.u8(entry(index) + INFLIGHT).load(Ordering::Relaxed) != 0
+    }
+
+    /// The copy in an entry.
+    fn descriptor(&self, index: u16) -> Descriptor {
+        let word = |at| self.area.u64(entry(index) + at).load(Ordering::Relaxed);
+        Descriptor::from_words(word(ADDR), word(DESCRIPTOR).rotate_right(32))
+    }
+
     fn u16(&self, offset: usize) -> u16 {
         self.area.u16(offset).load(Ordering::Relaxed)
     }

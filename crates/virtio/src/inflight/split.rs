@@ -1,6 +1,6 @@
 //! The record of a split queue: an entry for each descriptor, found by a chain's head.
 
-use std::sync::atomic::{Ordering, compiler_fence};
+use std::sync::atomic::Ordering;
 
 use crate::memory::Area;
 use crate::ring::{Chains, RingError, RingState, SplitDevice, Token};
@@ -28,8 +28,13 @@ use layout::{COUNTER, DESC_NUM, ENTRIES, ENTRY_BYTES, INFLIGHT, LAST_BATCH_HEAD,
 pub(super) struct SplitInflight {
     area: Area,
     size: u16,
+    /// It was all zeros.
+    fresh: bool,
     /// The next value of the entries' counter.
     counter: u64,
+    /// By slot: the chain's head. The last one completed.
+    heads: Box<[u16]>,
+    last_batch_head: u16,
     /// Chains completed since the last publication.
     batch: Vec<u16>,
     /// Chains of a previous service, the next one last.
@@ -45,23 +50,30 @@ impl SplitInflight {
     pub(super) fn new(area: Area, size: u16) -> Result<Self, InflightError> {
         let version = area.u16(VERSION).load(Ordering::Relaxed);
         let found = area.u16(DESC_NUM).load(Ordering::Relaxed);
-        match (version, found) {
-            (0, _) => {
-                area.u16(DESC_NUM).store(size, Ordering::Relaxed);
-                area.u16(VERSION).store(RECORD_VERSION, Ordering::Release);
-            }
-            (RECORD_VERSION, found) if found == size => {}
-            (version, found) => return Err(InflightError::Mismatch { version, size: found, expected: size }),
+        if version != 0 && (version, found) != (RECORD_VERSION, size) {
+            return Err(InflightError::Mismatch { version, size: found, expected: size });
         }
-        Ok(Self { area, size, counter: 0, batch: Vec::with_capacity(size.into()), resubmit: Vec::new() })
+        Ok(Self {
+            last_batch_head: area.u16(LAST_BATCH_HEAD).load(Ordering::Relaxed),
+            area,
+            size,
+            fresh: version == 0,
+            counter: 0,
+            heads: (0..size).collect(),
+            batch: Vec::with_capacity(size.into()),
+            resubmit: Vec::new(),
+        })
     }
 
     /// `used` is the ring's used index, which is where the previous service had come to.
     pub(super) fn recover(&mut self, used: u16) -> RingState {
+        if self.fresh {
+            return self.begin(used);
+        }
         let recorded = self.area.u16(USED_IDX).load(Ordering::Relaxed);
         if recorded != used {
             // It died between publishing a batch and clearing it: the batch, linked from its last chain, is done.
-            let mut head = self.area.u16(LAST_BATCH_HEAD).load(Ordering::Relaxed);
+            let mut head = self.last_batch_head;
             for _ in 0..used.wrapping_sub(recorded).min(self.size) {
                 if head >= self.size {
                     break;
@@ -69,7 +81,7 @@ impl SplitInflight {
                 self.area.u8(entry(head) + INFLIGHT).store(0, Ordering::Relaxed);
                 head = self.area.u16(entry(head) + NEXT).load(Ordering::Relaxed);
             }
-            self.area.u16(USED_IDX).store(used, Ordering::Relaxed);
+            self.area.u16(USED_IDX).store(used, Ordering::Release);
         }
         let mut left: Vec<(u64, u16)> = (0..self.size)
             .filter(|&head| self.area.u8(entry(head) + INFLIGHT).load(Ordering::Relaxed) != 0)
@@ -81,41 +93,64 @@ impl SplitInflight {
         RingState { avail: used.wrapping_add(self.resubmit.len() as u16), used, ..RingState::NEW }
     }
 
+    /// Lays out a record for a ring with nothing in flight; the version, which makes it valid, goes last.
+    fn begin(&mut self, used: u16) -> RingState {
+        self.area.u16(USED_IDX).store(used, Ordering::Relaxed);
+        self.area.u16(DESC_NUM).store(self.size, Ordering::Relaxed);
+        self.area.u16(VERSION).store(RECORD_VERSION, Ordering::Release);
+        RingState { avail: used, used, ..RingState::NEW }
+    }
+
     /// Takes the oldest chain of the previous service again.
     pub(super) fn take_again(
         &mut self,
         ring: &SplitDevice,
         chains: &mut Chains,
     ) -> Option<Result<Token, RingError>> {
-        Some(ring.take(self.resubmit.pop()?, chains))
+        let head = self.resubmit.pop()?;
+        let token = ring.take(head, chains);
+        if let Ok(token) = &token {
+            self.heads[token.slot()] = head;
+        }
+        Some(token)
     }
 
-    /// Notes that a chain was taken.
+    /// Notes that the chains in `burst` were taken, in this order.
     #[inline(always)]
-    pub(super) fn take(&mut self, head: u16) {
-        let entry = entry(head);
-        self.area.u64(entry + COUNTER).store(self.counter, Ordering::Relaxed);
-        self.area.u8(entry + INFLIGHT).store(1, Ordering::Release);
-        self.counter = self.counter.wrapping_add(1);
+    pub(super) fn take(&mut self, burst: &[Token], chains: &Chains) {
+        for token in burst {
+            let head = chains.id(token);
+            self.heads[token.slot()] = head;
+            let entry = entry(head);
+            self.area.u64(entry + COUNTER).store(self.counter, Ordering::Relaxed);
+            self.area.u8(entry + INFLIGHT).store(1, Ordering::Release);
+            self.counter = self.counter.wrapping_add(1);
+        }
     }
 
     /// Notes that a chain is done and about to be published.
     #[inline(always)]
-    pub(super) fn put(&mut self, head: u16) {
-        let last = self.area.u16(LAST_BATCH_HEAD).load(Ordering::Relaxed);
-        self.area.u16(entry(head) + NEXT).store(last, Ordering::Relaxed);
-        self.area.u16(LAST_BATCH_HEAD).store(head, Ordering::Release);
+    pub(super) fn put(&mut self, token: &Token) {
+        let head = self.heads[token.slot()];
+        self.area.u16(entry(head) + NEXT).store(self.last_batch_head, Ordering::Relaxed);
+        self.last_batch_head = head;
         self.batch.push(head);
-        // The link must be in memory before the used index: neither compiler nor processor (x86-64) reorders stores.
-        compiler_fence(Ordering::SeqCst);
+    }
+
+    /// The batch must be found from its last chain before the ring is published, which is a release store behind this one.
+    #[inline(always)]
+    pub(super) fn publishing(&mut self) {
+        if !self.batch.is_empty() {
+            self.area.u16(LAST_BATCH_HEAD).store(self.last_batch_head, Ordering::Relaxed);
+        }
     }
 
     /// Notes that everything since the last call was published, up to used index `used`.
     #[inline(always)]
     pub(super) fn published(&mut self, used: u16) {
-        compiler_fence(Ordering::SeqCst);
+        // Each is a release store, so that none comes before the publication.
         for head in self.batch.drain(..) {
-            self.area.u8(entry(head) + INFLIGHT).store(0, Ordering::Relaxed);
+            self.area.u8(entry(head) + INFLIGHT).store(0, Ordering::Release);
         }
         self.area.u16(USED_IDX).store(used, Ordering::Release);
     }

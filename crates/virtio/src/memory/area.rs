@@ -99,6 +99,8 @@ impl Area {
 
     #[inline(always)]
     fn word(&self, offset: usize, size: usize) -> *mut u8 {
+        #[cfg(feature = "crash-points")]
+        super::crash::point();
         let ptr = self.base.as_ptr().wrapping_add(offset);
         assert!(offset < self.len && self.len - offset >= size && ptr.addr() & (size - 1) == 0);
         ptr

@@ -55,12 +55,8 @@ impl DirtyLog {
 
     /// Marks the pages of a translated segment.
     pub fn mark_segment(&self, memory: &Memory, segment: &Segment) {
-        let host = segment.as_ptr().addr();
-        for region in memory.regions() {
-            let offset = host.wrapping_sub(region.backing().base().as_ptr().addr());
-            if (offset as u64) < region.len() {
-                return self.mark(GuestAddr(region.start().0 + offset as u64), segment.len() as u64);
-            }
+        if let Some(addr) = memory.guest_addr(segment.as_ptr()) {
+            self.mark(addr, segment.len() as u64);
         }
     }
 }

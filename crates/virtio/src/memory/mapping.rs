@@ -11,6 +11,7 @@ use std::ptr::NonNull;
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 
 use super::origin::{self, Origin};
+use super::quota::{self, Quota};
 use super::{Backing, sigbus};
 
 /// Why a file could not be mapped.
@@ -57,6 +58,12 @@ pub enum MappingError {
     /// Too many mappings at once.
     #[error("more than {} shared mappings in this process", sigbus::MAPPINGS_MAX)]
     TooMany,
+    /// The device has no room for another.
+    #[error("more than {max} shared mappings for one device")]
+    Quota {
+        /// Its share of the mappings in this process.
+        max: usize,
+    },
 }
 
 /// A readable, writable, shared mapping of part of a file. Unmapped when dropped.
@@ -69,6 +76,7 @@ pub struct Mapping {
     skip: usize,
     len: usize,
     guard: sigbus::Guard,
+    _place: Option<quota::Place>,
 }
 
 // SAFETY: the mapping is plain shared memory; `Backing` hands out its address only.
@@ -112,7 +120,25 @@ impl Mapping {
             return Err(MappingError::TooMany);
         };
         let map = NonNull::new(map.cast()).expect("mmap without MAP_FIXED never returns address 0");
-        Ok(Self { map, map_len, skip: (offset - map_offset) as usize, len: len as usize, guard })
+        Ok(Self {
+            map,
+            map_len,
+            skip: (offset - map_offset) as usize,
+            len: len as usize,
+            guard,
+            _place: None,
+        })
+    }
+
+    /// The same within the share of the device that it is for.
+    ///
+    /// # Errors
+    /// As for [`Mapping::new`], or the share is used up.
+    pub fn within(quota: &Quota, file: impl AsFd, offset: u64, len: u64) -> Result<Self, MappingError> {
+        let place = quota.take()?;
+        let mut mapping = Self::new(file, offset, len)?;
+        mapping._place = Some(place);
+        Ok(mapping)
     }
 
     /// Whether a file may be mapped at all, whatever its size. Asks nobody who may not answer.

@@ -8,6 +8,8 @@
 
 mod area;
 mod backing;
+#[cfg(feature = "crash-points")]
+mod crash;
 #[cfg(feature = "std")]
 mod dirty;
 #[cfg(feature = "std")]
@@ -16,6 +18,8 @@ mod lease;
 mod mapping;
 #[cfg(feature = "std")]
 mod origin;
+#[cfg(feature = "std")]
+mod quota;
 mod segment;
 #[cfg(feature = "std")]
 mod sigbus;
@@ -26,12 +30,16 @@ use core::fmt;
 
 pub use area::Area;
 pub use backing::Backing;
+#[cfg(feature = "crash-points")]
+pub use crash::crash_at;
 #[cfg(feature = "std")]
 pub use dirty::{DirtyLog, LOG_PAGE_BYTES};
 #[cfg(feature = "std")]
 pub use lease::Lease;
 #[cfg(feature = "std")]
 pub use mapping::{Mapping, MappingError};
+#[cfg(feature = "std")]
+pub use quota::{MAPPINGS_PER_DEVICE_MAX, Quota};
 pub use segment::{Segment, gather, scatter, total_len};
 pub use translate::Translator;
 
@@ -149,6 +157,8 @@ pub enum MemoryError {
 #[derive(Clone, Debug, Default)]
 pub struct Memory {
     regions: Box<[Region]>,
+    /// The regions' indices in ascending order of their address in this process.
+    by_host: Box<[u16]>,
     #[cfg(feature = "std")]
     lease: Option<Lease>,
 }
@@ -168,8 +178,11 @@ impl Memory {
                 return Err(MemoryError::Overlap { first: pair[0].start(), second: pair[1].start() });
             }
         }
+        let mut by_host: Box<[u16]> = (0..regions.len() as u16).collect();
+        by_host.sort_by_key(|&index| regions[usize::from(index)].backing.base());
         Ok(Self {
             regions: regions.into_boxed_slice(),
+            by_host,
             #[cfg(feature = "std")]
             lease: None,
         })
@@ -224,6 +237,17 @@ impl Memory {
             return Err(not_mapped);
         }
         Area::new(region.backing.clone(), offset, len, align).ok_or(MemoryError::Unaligned { addr, align })
+    }
+
+    /// The guest-physical address of a byte that is mapped at `host` in this process.
+    #[must_use]
+    pub fn guest_addr(&self, host: *const u8) -> Option<GuestAddr> {
+        let region = |index: &u16| &self.regions[usize::from(*index)];
+        let base = |index: &u16| region(index).backing.base().as_ptr().addr();
+        let after = self.by_host.partition_point(|index| base(index) <= host.addr());
+        let index = &self.by_host[after.checked_sub(1)?];
+        let offset = (host.addr() - base(index)) as u64;
+        (offset < region(index).len()).then(|| GuestAddr(region(index).start + offset))
     }
 
     /// The region that holds `addr`.

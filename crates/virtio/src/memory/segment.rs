@@ -5,10 +5,16 @@
 //! reference. It is neither `Clone` nor `Copy`, so none can outlive that memory.
 //!
 //! Bytes are copied with raw pointers. The guest may change them during the copy; the copy then holds a mixture,
-//! which is why every check is made on the copy and never on guest memory.
+//! which is why every check is made on the copy and never on guest memory. So that the compiler, too, reads once and then
+//! uses the copy, what is small (headers, descriptors) is read by atomic loads, and what is large is handed to it as
+//! changed after it was copied.
 #![allow(unsafe_code)]
 
 use core::ptr::{self, NonNull};
+use core::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+
+/// The longest copies out of guest memory that are made by atomic loads, in bytes.
+const ATOMIC_BYTES_MAX: usize = 64;
 
 /// A piece of a buffer: contiguous in this process, one or more guest pages long.
 ///
@@ -56,8 +62,17 @@ impl Segment {
     #[inline(always)]
     pub fn read(&self, offset: usize, to: &mut [u8]) -> usize {
         let n = to.len().min(self.len.saturating_sub(offset));
+        let from = self.ptr.as_ptr().wrapping_add(offset);
+        let to = &mut to[..n];
         // SAFETY: n bytes from `offset` lie within the segment, and `to`, a Rust slice, never overlaps guest memory.
-        unsafe { ptr::copy_nonoverlapping(self.ptr.as_ptr().wrapping_add(offset), to.as_mut_ptr(), n) };
+        unsafe {
+            if n <= ATOMIC_BYTES_MAX || cfg!(not(target_arch = "x86_64")) {
+                load(from, to);
+            } else {
+                ptr::copy_nonoverlapping(from, to.as_mut_ptr(), n);
+                settle(to);
+            }
+        }
         n
     }
 
@@ -83,6 +98,38 @@ impl Segment {
     pub fn prefetch_last_for_write(&self) {
         super::area::prefetch_for_write(self.ptr.as_ptr().wrapping_add(self.len - 1));
     }
+}
+
+/// Copies bytes by atomic loads, of words where they are aligned.
+///
+/// # Safety
+/// As many bytes as `to` has can be read at `from`.
+#[inline(always)]
+unsafe fn load(from: *mut u8, to: &mut [u8]) {
+    const WORD: usize = size_of::<u64>();
+    let words = if from.addr().is_multiple_of(WORD) { to.len() / WORD * WORD } else { 0 };
+    let (aligned, rest) = to.split_at_mut(words);
+    for (i, word) in aligned.chunks_exact_mut(WORD).enumerate() {
+        // SAFETY: within the bytes that the caller vouches for, and aligned.
+        let value = unsafe { AtomicU64::from_ptr(from.wrapping_add(WORD * i).cast()) };
+        word.copy_from_slice(&value.load(Ordering::Relaxed).to_ne_bytes());
+    }
+    for (i, byte) in rest.iter_mut().enumerate() {
+        // SAFETY: within the bytes that the caller vouches for.
+        *byte = unsafe { AtomicU8::from_ptr(from.wrapping_add(words + i)) }.load(Ordering::Relaxed);
+    }
+}
+
+/// Makes the bytes of a copy the only ones the compiler can use from here on.
+#[inline(always)]
+fn settle(copy: &mut [u8]) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: no instruction; as far as the compiler knows it may have changed what the pointer, an exclusive one, leads to.
+    unsafe {
+        core::arch::asm!("/* {0} */", in(reg) copy.as_mut_ptr(), options(nostack, preserves_flags));
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = copy;
 }
 
 /// The bytes in all of `segments`.
@@ -126,4 +173,25 @@ pub fn scatter(segments: &[Segment], mut offset: usize, from: &[u8]) -> usize {
         offset = 0;
     }
     copied
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn copies_of_any_length_from_any_place_are_exact() {
+        let mut memory: [u8; 256] = core::array::from_fn(|i| i as u8);
+        let base = NonNull::from(&mut memory).cast();
+        for start in 0..17 {
+            for len in 0..ATOMIC_BYTES_MAX + 40 {
+                // SAFETY: within `memory`, which outlives the segment.
+                let segment = Segment::new(unsafe { base.add(start) }, len + 1);
+                let mut copy = [0xff; 128];
+                assert_eq!(segment.read(1, &mut copy), len);
+                assert!((0..len).all(|i| usize::from(copy[i]) == start + 1 + i), "{len} bytes at {start}");
+                assert!(copy[len..].iter().all(|&byte| byte == 0xff), "{len} bytes at {start}");
+            }
+        }
+    }
 }

@@ -4,67 +4,129 @@
 //! The handler here looks the address up among the shared mappings, puts an anonymous zero page in place of the one
 //! that vanished, and marks the mapping as poisoned, so that its queues stop with a reason. A SIGBUS anywhere else
 //! takes the course it would have taken without us.
+//!
+//! The handler interrupts anything, so it takes no lock: each entry of the table has a version, odd while the entry
+//! changes. An entry that changes is passed over, since it cannot be that of the mapping at which a thread is faulting: that
+//! one was entered before the mapping was handed out, and is taken off after its last user has gone.
 #![allow(unsafe_code)]
 
 use std::mem::MaybeUninit;
-use std::sync::Once;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicUsize, Ordering, fence};
+use std::sync::{Mutex, Once, PoisonError};
 
-/// The most shared mappings one process may hold: 64 guests with 64 regions each.
-pub(super) const MAPPINGS_MAX: usize = 4096;
+/// Mappings in one piece of the table, and how many pieces there may be. Pieces are made when they are needed.
+const CHUNK_ENTRIES: usize = 512;
+const CHUNKS_MAX: usize = 120;
+/// The most shared mappings one process may hold: somewhat fewer than the kernel allows (`vm.max_map_count`, 65,530).
+pub(super) const MAPPINGS_MAX: usize = CHUNK_ENTRIES * CHUNKS_MAX;
 
-/// One mapping, readable from the handler. `start == 0`: free; `start == CLAIMED`: being filled in.
+/// Lost pages of one mapping that are replaced one by one. After these all of it is replaced at once: every page replaced
+/// by itself makes the kernel's list of mappings longer by two, and that list ends.
+const PAGES_REPLACED_MAX: u32 = 4;
+
+/// One mapping, readable from the handler; one of length 0 is free.
+#[derive(Debug)]
 struct Entry {
+    version: AtomicU32,
     start: AtomicUsize,
     len: AtomicUsize,
     page: AtomicUsize,
+    replaced: AtomicU32,
     poisoned: AtomicBool,
 }
 
-const CLAIMED: usize = 1;
+/// What an entry says about its mapping.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Range {
+    start: usize,
+    len: usize,
+    page: usize,
+}
 
-static ENTRIES: [Entry; MAPPINGS_MAX] = [const {
-    Entry {
-        start: AtomicUsize::new(0),
-        len: AtomicUsize::new(0),
-        page: AtomicUsize::new(0),
-        poisoned: AtomicBool::new(false),
+impl Entry {
+    const fn free() -> Self {
+        Self {
+            version: AtomicU32::new(0),
+            start: AtomicUsize::new(0),
+            len: AtomicUsize::new(0),
+            page: AtomicUsize::new(0),
+            replaced: AtomicU32::new(0),
+            poisoned: AtomicBool::new(false),
+        }
     }
-}; MAPPINGS_MAX];
 
-/// One more than the highest entry ever used, so that the handler's search and ours are short.
-static USED: AtomicUsize = AtomicUsize::new(0);
+    /// Only the entry's owner calls this.
+    fn set(&self, range: Range) {
+        let version = self.version.load(Ordering::Relaxed);
+        self.version.store(version.wrapping_add(1), Ordering::Relaxed);
+        fence(Ordering::Release);
+        self.start.store(range.start, Ordering::Relaxed);
+        self.len.store(range.len, Ordering::Relaxed);
+        self.page.store(range.page, Ordering::Relaxed);
+        self.version.store(version.wrapping_add(2), Ordering::Release);
+    }
+
+    /// None while it changes.
+    fn get(&self) -> Option<Range> {
+        let version = self.version.load(Ordering::Acquire);
+        let start = self.start.load(Ordering::Relaxed);
+        #[cfg(test)]
+        tests::in_the_middle();
+        let range =
+            Range { start, len: self.len.load(Ordering::Relaxed), page: self.page.load(Ordering::Relaxed) };
+        fence(Ordering::Acquire);
+        (version.is_multiple_of(2) && self.version.load(Ordering::Relaxed) == version).then_some(range)
+    }
+}
+
+type Chunk = [Entry; CHUNK_ENTRIES];
+
+/// The table. A piece that was made stays.
+static CHUNKS: [AtomicPtr<Chunk>; CHUNKS_MAX] = [const { AtomicPtr::new(std::ptr::null_mut()) }; CHUNKS_MAX];
+
+/// Entries that are free.
+static FREE: Mutex<Vec<&'static Entry>> = Mutex::new(Vec::new());
 
 /// Pages replaced so far, in all mappings.
 pub(super) static POISONINGS: AtomicUsize = AtomicUsize::new(0);
 
+fn chunks() -> impl Iterator<Item = &'static Chunk> {
+    CHUNKS.iter().map_while(|chunk| {
+        // SAFETY: not null, it is a piece that was leaked before it was stored here, so it lives for ever.
+        unsafe { chunk.load(Ordering::Acquire).as_ref() }
+    })
+}
+
 /// A registered mapping.
 #[derive(Debug)]
-pub(super) struct Guard(usize);
+pub(super) struct Guard(&'static Entry);
 
 impl Guard {
     /// Registers `len` bytes at `start`, mapped in pages of `page` bytes. None if the table is full.
     pub(super) fn new(start: usize, len: usize, page: usize) -> Option<Self> {
         install();
-        let index = ENTRIES.iter().position(|e| {
-            e.start.compare_exchange(0, CLAIMED, Ordering::AcqRel, Ordering::Relaxed).is_ok()
-        })?;
-        let entry = &ENTRIES[index];
-        entry.len.store(len, Ordering::Relaxed);
-        entry.page.store(page, Ordering::Relaxed);
+        let mut free = FREE.lock().unwrap_or_else(PoisonError::into_inner);
+        if free.is_empty() {
+            let next = CHUNKS.get(chunks().count())?;
+            let chunk: &'static Chunk = Box::leak(Box::new([const { Entry::free() }; CHUNK_ENTRIES]));
+            next.store(std::ptr::from_ref(chunk).cast_mut(), Ordering::Release);
+            free.extend(chunk.iter().rev());
+        }
+        let entry = free.pop()?;
         entry.poisoned.store(false, Ordering::Relaxed);
-        USED.fetch_max(index + 1, Ordering::AcqRel);
-        entry.start.store(start, Ordering::Release);
-        Some(Self(index))
+        entry.replaced.store(0, Ordering::Relaxed);
+        entry.set(Range { start, len, page });
+        Some(Self(entry))
     }
 
     pub(super) fn is_poisoned(&self) -> bool {
-        ENTRIES[self.0].poisoned.load(Ordering::Relaxed)
+        self.0.poisoned.load(Ordering::Relaxed)
     }
 
     /// Takes the mapping off the table. To be called once, before it is unmapped.
     pub(super) fn release(&self) {
-        ENTRIES[self.0].start.store(0, Ordering::Release);
+        self.0.set(Range { start: 0, len: 0, page: 0 });
+        FREE.lock().unwrap_or_else(PoisonError::into_inner).push(self.0);
     }
 }
 
@@ -96,30 +158,79 @@ extern "C" fn on_sigbus(_signal: libc::c_int, info: *mut libc::siginfo_t, _conte
     }
 }
 
+/// The registered mapping that holds `address`.
+fn find(address: usize) -> Option<(&'static Entry, Range)> {
+    chunks().flatten().find_map(|entry| {
+        let range = entry.get()?;
+        (address.wrapping_sub(range.start) < range.len).then_some((entry, range))
+    })
+}
+
 /// Replaces the page at `address` if it belongs to a registered mapping.
 fn mend(address: usize) -> bool {
-    for entry in &ENTRIES[..USED.load(Ordering::Acquire)] {
-        let start = entry.start.load(Ordering::Acquire);
-        let offset = address.wrapping_sub(start);
-        if start <= CLAIMED || offset >= entry.len.load(Ordering::Relaxed) {
-            continue;
-        }
-        entry.poisoned.store(true, Ordering::Relaxed);
-        POISONINGS.fetch_add(1, Ordering::Release);
-        let page = entry.page.load(Ordering::Relaxed);
-        // SAFETY: replaces one whole page inside a mapping that this process owns and that stays registered until just
-        // before it is unmapped; a thread is faulting on the page now, so it has not been unmapped.
-        let mended = unsafe {
-            libc::mmap(
-                (start + offset - offset % page) as *mut libc::c_void,
-                page,
-                libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED,
-                -1,
-                0,
-            )
-        };
-        return mended != libc::MAP_FAILED;
+    let Some((entry, Range { start, len, page })) = find(address) else { return false };
+    entry.poisoned.store(true, Ordering::Relaxed);
+    POISONINGS.fetch_add(1, Ordering::Release);
+    let whole = entry.replaced.fetch_add(1, Ordering::Relaxed) >= PAGES_REPLACED_MAX;
+    let offset = address - start;
+    let (at, len) = if whole { (start, len) } else { (start + offset - offset % page, page) };
+    // SAFETY: replaces whole pages inside a mapping that this process owns and that stays registered until just before it
+    // is unmapped; a thread is faulting there now, so it has not been unmapped.
+    let mended = unsafe {
+        libc::mmap(
+            at as *mut libc::c_void,
+            len,
+            libc::PROT_READ | libc::PROT_WRITE,
+            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | libc::MAP_FIXED,
+            -1,
+            0,
+        )
+    };
+    mended != libc::MAP_FAILED
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+mod tests {
+    use std::cell::RefCell;
+
+    use super::*;
+
+    thread_local! {
+        /// What happens while an entry is read.
+        static MEANWHILE: RefCell<Option<Box<dyn FnOnce()>>> = const { RefCell::new(None) };
     }
-    false
+
+    pub(super) fn in_the_middle() {
+        let meanwhile = MEANWHILE.take();
+        if let Some(meanwhile) = meanwhile {
+            meanwhile();
+        }
+    }
+
+    #[test]
+    fn an_entry_that_changes_while_it_is_read_is_passed_over() {
+        static ENTRY: Entry = Entry::free();
+        let small = Range { start: 1 << 62, len: 4096, page: 4096 };
+        let large = Range { start: 1 << 61, len: 1 << 30, page: 2 << 20 };
+        ENTRY.set(small);
+        MEANWHILE.set(Some(Box::new(move || {
+            ENTRY.set(Range { start: 0, len: 0, page: 0 });
+            ENTRY.set(large);
+        })));
+        assert_eq!(ENTRY.get(), None, "neither the one nor the other");
+        assert_eq!(ENTRY.get(), Some(large));
+    }
+
+    #[test]
+    fn the_table_grows_and_is_used_again() {
+        let guard = |number: usize| Guard::new((1 << 61) + number * 8192, 4096, 4096).unwrap();
+        for _ in 0..3 {
+            let guards: Vec<Guard> = (0..10 * CHUNK_ENTRIES).map(guard).collect();
+            assert!(find((1 << 61) + 8192 * (guards.len() - 1)).is_some());
+            guards.iter().for_each(Guard::release);
+            assert!(find(1 << 61).is_none());
+        }
+        assert!(chunks().count() < 14, "entries are used again");
+    }
 }

@@ -25,6 +25,11 @@ pub const CHAINS_PER_BURST_MAX: usize = 64;
 /// the kernel's for one vectored request (`UIO_MAXIOV`), so a chain is always one system call's worth.
 pub const DESCRIPTORS_PER_CHAIN_MAX: u32 = 1024;
 
+/// The most segments in one chain. A buffer that crosses from one memory region into the next is two, so a chain with as
+/// many descriptors as are allowed can have no such buffer; drivers that keep to a device's `seg_max` are far below.
+/// Without the limit, 1024 descriptors over 509 regions each would be half a million.
+pub const SEGMENTS_PER_CHAIN_MAX: u32 = 1024;
+
 /// Segments that each slot has room for from the start.
 const SEGMENTS_START: usize = 4;
 /// The most segments that a slot keeps room for when its chain is completed. A request of 256 KiB in single pages still
@@ -225,8 +230,10 @@ impl ChainBuilder<'_> {
         self.translator
             .translate(descriptor.addr, descriptor.len, |segment| segments.push(segment))
             .map_err(|source| RingError::BadBuffer { head, source })?;
+        if segments.len() > SEGMENTS_PER_CHAIN_MAX as usize {
+            return Err(RingError::TooManySegments { head, limit: SEGMENTS_PER_CHAIN_MAX });
+        }
         if !writable {
-            // At most one segment per descriptor and region, far below 2^16.
             self.slot.readable = self.slot.segments.len() as u16;
         }
         Ok(())

@@ -112,6 +112,14 @@ impl DeviceRing {
         }
     }
 
+    /// Whether the suppression of kicks is to be renewed by another [`DeviceRing::disarm`]: it reaches only so far ahead in
+    /// a split ring. To be asked now and then, at least every 32 Ki chains.
+    #[inline(always)]
+    #[must_use]
+    pub fn suppression_ends(&self) -> bool {
+        matches!(self, Self::Split(ring) if ring.suppression_ends())
+    }
+
     /// Where the ring stands.
     #[must_use]
     pub fn state(&self) -> RingState {

@@ -16,7 +16,9 @@ mod packed_recovery;
 mod split_device;
 mod split_driver;
 
-pub use chain::{CHAINS_PER_BURST_MAX, Chain, Chains, DESCRIPTORS_PER_CHAIN_MAX, Token, Used};
+pub use chain::{
+    CHAINS_PER_BURST_MAX, Chain, Chains, DESCRIPTORS_PER_CHAIN_MAX, SEGMENTS_PER_CHAIN_MAX, Token, Used,
+};
 pub use descriptor::{Buffer, Descriptor};
 pub use device::DeviceRing;
 pub use driver::{Completion, DriverRing};
@@ -104,6 +106,11 @@ pub enum RingError {
     /// A chain is longer than the ring, which a loop makes it.
     #[error("descriptor chain at {head} does not end within {limit} descriptors")]
     ChainTooLong { head: u16, limit: u32 },
+    /// Buffers that lie in too many memory regions.
+    #[error(
+        "descriptor chain at {head} has buffers of more than {limit} pieces: each memory region they lie in counts"
+    )]
+    TooManySegments { head: u16, limit: u32 },
     /// A chain continues outside its table.
     #[error("descriptor chain at {head} continues at {next}, outside its table of {size}")]
     BadNext { head: u16, next: u16, size: u32 },
@@ -127,6 +134,9 @@ pub enum RingError {
     /// The device gave back something that it does not have.
     #[error("used entry names {id}, which is not in flight")]
     BadUsed { id: u32 },
+    /// A record of requests in flight that no service leaves behind.
+    #[error("the inflight record is damaged: not each of its {size} entries is in one chain or free")]
+    BadRecord { size: u16 },
     /// Guest memory was taken away.
     #[error("the file behind guest memory was truncated")]
     MemoryGone,

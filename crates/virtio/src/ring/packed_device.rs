@@ -198,10 +198,17 @@ impl PackedDevice {
         self.ring.u16(usize::from(offset) * DESC_BYTES + 14)
     }
 
+    /// Whether the descriptor at `offset` is as the driver made it available, with its wrap counter at `wrap`: it has not
+    /// been given back in that lap, nor made available in the next.
+    #[inline(always)]
+    pub(crate) fn is_available_at(&self, offset: u16, wrap: bool) -> bool {
+        let flags = self.flags(offset).load(Ordering::Acquire);
+        (flags & AVAIL != 0) == wrap && (flags & USED != 0) != wrap
+    }
+
     #[inline(always)]
     fn is_available(&self) -> bool {
-        let flags = self.flags(self.avail.offset).load(Ordering::Acquire);
-        (flags & AVAIL != 0) == self.avail.wrap && (flags & USED != 0) != self.avail.wrap
+        self.is_available_at(self.avail.offset, self.avail.wrap)
     }
 
     /// Reads the chain at the next available position; returns how many ring descriptors it has.

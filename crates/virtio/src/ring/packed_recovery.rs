@@ -3,18 +3,11 @@
 
 use core::sync::atomic::Ordering;
 
-use crate::memory::GuestAddr;
-
 use super::descriptor::{AVAIL, USED};
 use super::packed_device::Position;
 use super::{Chains, Descriptor, PackedDevice, RingError, RingState, Token};
 
 impl Descriptor {
-    /// A packed descriptor from its fields.
-    pub(crate) fn packed(addr: u64, len: u32, id: u16, flags: u16) -> Self {
-        Self { addr: GuestAddr(addr), len, third: id, fourth: flags }
-    }
-
     /// The flags, read as a packed descriptor.
     #[inline(always)]
     pub(crate) fn flags_packed(self) -> u16 {
@@ -41,12 +34,6 @@ impl PackedDevice {
     #[inline(always)]
     pub(crate) fn descriptor(&self, offset: u16) -> Descriptor {
         Descriptor::load(&self.ring, offset)
-    }
-
-    /// Whether the descriptor at a used position has been given back.
-    pub(crate) fn is_used_at(&self, offset: u16, wrap: bool) -> bool {
-        let flags = self.flags(offset).load(Ordering::Acquire);
-        (flags & AVAIL != 0) == wrap && (flags & USED != 0) == wrap
     }
 
     /// Takes back used descriptors that were written behind `used` and never published, `outstanding` of them at most,

@@ -101,11 +101,6 @@ impl SplitDevice {
             out.push(self.take(head, chains)?);
             self.avail_next = self.avail_next.wrapping_add(1);
         }
-        if let Some(at) = self.suppressed_at
-            && self.avail_next.wrapping_sub(at) >= RENEW_AFTER
-        {
-            self.disarm();
-        }
         Ok(())
     }
 
@@ -198,6 +193,14 @@ impl SplitDevice {
         } else {
             self.used.u16(0).store(NO_NOTIFY, Ordering::Relaxed);
         }
+    }
+
+    /// Whether the suppression of kicks, which reaches only so far ahead, is to be renewed by another
+    /// [`SplitDevice::disarm`].
+    #[inline(always)]
+    #[must_use]
+    pub fn suppression_ends(&self) -> bool {
+        self.suppressed_at.is_some_and(|at| self.avail_next.wrapping_sub(at) >= RENEW_AFTER)
     }
 
     fn avail_event(&self) -> &core::sync::atomic::AtomicU16 {

@@ -182,7 +182,7 @@ fn holdings() -> BTreeMap<String, usize> {
 
 /// Threads end a moment after they were waited for.
 fn settle(before: &BTreeMap<String, usize>) {
-    let deadline = Instant::now() + Duration::from_secs(20);
+    let deadline = Instant::now() + PATIENCE;
     while holdings() != *before && Instant::now() < deadline {
         thread::sleep(Duration::from_millis(10));
     }

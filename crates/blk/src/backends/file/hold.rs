@@ -4,14 +4,22 @@
 //! have the same image open. The lock is on a descriptor that every ring registers: if the process is killed, it lasts
 //! until the kernel has carried out the last of its requests, and a successor waits for that. An old write cannot
 //! overtake the successor's.
+//!
+//! An image that is locked from opening on keeps QEMU out all that time; the bytes for that are locked on the same
+//! descriptor, for the same reason.
 
 use std::io;
+use std::os::fd::OwnedFd;
+use std::path::Path;
 use std::sync::{Arc, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use super::{Lock, Opened};
 use crate::backend::BackendError;
 use crate::backends::lock;
+
+/// How long a process that was killed may take to end: the memory of a large guest takes a while to unmap.
+const END_WAIT: Duration = Duration::from_secs(1);
 
 /// The holds there are.
 #[derive(Debug, Default)]
@@ -38,8 +46,7 @@ impl Hold {
             ));
         }
         if users.count == 0 && file.options.lock != Lock::Off {
-            let attempt = || lock::lock(&file.buffered, lock::USE, !file.options.read_only);
-            lock::wait(&file.path, limit, attempt).map_err(|error| match error.kind() {
+            lock::wait(&file.path, limit, || begin(file)).map_err(|error| match error.kind() {
                 io::ErrorKind::WouldBlock => failed(&"another process uses it (lock=off overrides)"),
                 _ => failed(&error),
             })?;
@@ -66,10 +73,45 @@ impl Drop for Hold {
         users.count -= 1;
         if users.count == 0 && self.0.options.lock != Lock::Off {
             // Not left to the rings, which let go of their files some time after they are gone.
-            if let Err(error) = lock::unlock(&self.0.buffered, lock::USE) {
-                tracing::warn!(path = %self.0.path.display(), %error, "not unlocked");
-            }
+            let file = &self.0;
+            let qemu =
+                if file.options.lock == Lock::Late { lock::let_qemu_in(&file.buffered) } else { Ok(()) };
+            complain(&file.path, lock::unlock(&file.buffered, lock::USE).and(qemu));
         }
+    }
+}
+
+/// Locks a file for its first queue.
+fn begin(file: &Opened) -> io::Result<()> {
+    let write = !file.options.read_only;
+    lock::lock(&file.buffered, lock::USE, write)?;
+    if file.options.lock == Lock::On {
+        return Ok(());
+    }
+    lock::keep_qemu_out(&file.buffered, write)
+        .inspect_err(|_| complain(&file.path, lock::unlock(&file.buffered, lock::USE)))
+}
+
+/// Makes an image this process's own, until [`disown`]. `owner` is a descriptor for the lock alone: it goes with this
+/// process, whatever the kernel still does for a ring. Where another service has the image, that is soon clear: one that
+/// was killed ends soon. What the kernel still does for that is waited for longer.
+pub(super) fn own(owner: &OwnedFd, buffered: &OwnedFd, path: &Path, write: bool) -> io::Result<()> {
+    lock::wait(path, END_WAIT, || lock::lock(owner, lock::OWNERSHIP, write))?;
+    lock::wait(path, lock::WAIT, || lock::test(owner, lock::USE, write))?;
+    lock::wait(path, END_WAIT, || lock::keep_qemu_out(buffered, write))?;
+    lock::wait(path, END_WAIT, || lock::lock(buffered, lock::GUARD, write))
+}
+
+/// Gives up an image, before the rings do that still know the file.
+pub(super) fn disown(buffered: &OwnedFd, path: &Path) {
+    // In this order: whoever sees the guard finds QEMU kept out.
+    let unguarded = lock::unlock(buffered, lock::GUARD);
+    complain(path, unguarded.and_then(|()| lock::let_qemu_in(buffered)));
+}
+
+fn complain(path: &Path, unlocked: io::Result<()>) {
+    if let Err(error) = unlocked {
+        tracing::warn!(path = %path.display(), %error, "not unlocked");
     }
 }
 

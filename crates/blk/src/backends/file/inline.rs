@@ -12,6 +12,7 @@ use virtio::ring::Chains;
 
 use super::hold::Hold;
 use super::uring::report;
+use super::zero::{Step, zeros};
 use crate::backend::{Op, OpKind, Status};
 use crate::backends::stepwise::Steps;
 use crate::data::Pieces;
@@ -19,7 +20,7 @@ use crate::data::Pieces;
 /// The most bytes moved for one operation in one go.
 const COPY_BYTES_MAX: u64 = 256 << 10;
 /// The most bytes given back to the file system in one go.
-const FREE_BYTES_MAX: u64 = 16 << 20;
+const FREE_BYTES_MAX: u64 = 2 << 20;
 /// The most pieces in one system call (`UIO_MAXIOV`).
 const PIECES_MAX: usize = 1024;
 
@@ -52,17 +53,24 @@ impl Inline {
             .map_err(|_| Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::IO))
     }
 
-    fn zero(&self, unmap: bool, at: u64, len: u64) -> Result<u64, Errno> {
-        let mut result = Err(Errno::OPNOTSUPP);
-        let file = self.hold.file();
-        for &mode in file.zero_modes(unmap) {
-            result = fallocate(&file.buffered, mode, at, len).map(|()| len);
-            if result != Err(Errno::OPNOTSUPP) {
-                break;
+    /// Does the next step of an operation on a range; how far it came.
+    fn zero(&self, op: &Op, progress: u64) -> Result<u64, Errno> {
+        let (file, offset, mut refusals) = (self.hold.file(), op.offset + progress, 0);
+        loop {
+            match file.zero_step(op, progress, refusals) {
+                Step::Allocate { mode, len } => {
+                    let len = len.min(FREE_BYTES_MAX);
+                    match fallocate(&file.buffered, mode, offset, len) {
+                        Err(Errno::OPNOTSUPP) => refusals += 1,
+                        result => return result.map(|()| len),
+                    }
+                }
+                Step::Write { len } => {
+                    return rustix::io::pwrite(&file.buffered, zeros(len), offset).map(|len| len as u64);
+                }
+                Step::Skip { len } => return Ok(len),
             }
         }
-        // A signal: tmpfs has undone what it had done.
-        if result == Err(Errno::INTR) { Ok(0) } else { result }
     }
 }
 
@@ -79,8 +87,11 @@ impl Steps for Inline {
                     other => other,
                 }
             }
-            OpKind::Discard => self.zero(true, at, left.min(FREE_BYTES_MAX)),
-            OpKind::WriteZeroes { unmap } => self.zero(unmap, at, left.min(FREE_BYTES_MAX)),
+            OpKind::Discard | OpKind::WriteZeroes { .. } => match self.zero(op, progress) {
+                // A signal: tmpfs has undone what it had done.
+                Err(Errno::INTR) => Ok(0),
+                other => other,
+            },
             OpKind::Flush => fdatasync(&self.hold.file().buffered).map(|()| 0),
             OpKind::SecureErase => Err(Errno::OPNOTSUPP),
         };

@@ -5,12 +5,14 @@
 //! read, although none ever blocks; they are read and written in place (`inline`), which takes less than the detour.
 
 mod bounce;
+mod device;
 mod fixed;
 mod hold;
 mod inline;
 mod open;
 mod ring;
 mod uring;
+mod zero;
 
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
@@ -18,7 +20,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use rustix::fs::FallocateFlags;
+use rustix::fs::{fdatasync, fsync};
 use virtio::Memory;
 
 use self::hold::Hold;
@@ -50,6 +52,16 @@ pub enum Engine {
     Uring,
     /// In place: the I/O thread waits for each request.
     Inline,
+}
+
+impl Engine {
+    fn wants_uring(self, kind: Kind) -> bool {
+        match self {
+            Self::Auto => kind != Kind::Tmpfs,
+            Self::Uring => true,
+            Self::Inline => false,
+        }
+    }
 }
 
 /// When an image is locked, and so kept from others that would write it, or read it while we do.
@@ -108,7 +120,8 @@ struct DirectAlign {
 /// An open file, as the queues share it.
 ///
 /// It is locked twice. While a queue runs, a [`hold::Hold`] has `buffered` locked, against any other use. And with
-/// [`Lock::On`], `_owner` is locked for as long as it is open, which says whose the image is while no queue runs.
+/// [`Lock::On`], `owner` is locked for as long as it is open, which says whose the image is while no queue runs, and
+/// `buffered` against QEMU.
 #[derive(Debug)]
 struct Opened {
     path: PathBuf,
@@ -116,15 +129,15 @@ struct Opened {
     buffered: OwnedFd,
     /// Goes past it.
     direct: Option<(OwnedFd, DirectAlign)>,
-    /// A descriptor for the lock alone: it goes with this process, whatever the kernel still does for a ring.
-    _owner: Option<OwnedFd>,
+    /// Says that the image is this process's own.
+    owner: Option<OwnedFd>,
     users: Mutex<hold::Users>,
     options: FileOptions,
     kind: Kind,
     /// Smallest efficient unit in bytes.
     block_bytes: u32,
-    /// Holes can be punched.
-    punches: bool,
+    /// Ranges of whole ones can be zeroed by the system, in bytes.
+    zero_unit: u64,
 }
 
 /// What was opened.
@@ -138,12 +151,11 @@ enum Kind {
     Block,
 }
 
-impl Opened {
-    /// The ways to make a range read as zeros, best first.
-    fn zero_modes(&self, unmap: bool) -> &'static [FallocateFlags] {
-        const PUNCH: FallocateFlags = FallocateFlags::PUNCH_HOLE.union(FallocateFlags::KEEP_SIZE);
-        const ZERO: FallocateFlags = FallocateFlags::ZERO_RANGE.union(FallocateFlags::KEEP_SIZE);
-        if unmap { &[PUNCH, ZERO] } else { &[ZERO, PUNCH] }
+impl Drop for Opened {
+    fn drop(&mut self) {
+        if self.owner.is_some() {
+            hold::disown(&self.buffered, &self.path);
+        }
     }
 }
 
@@ -178,19 +190,19 @@ impl Backend for File {
             block_bytes: opened.block_bytes,
             read_only: opened.options.read_only,
             flush: true,
-            discard: opened.punches,
-            write_zeroes: opened.punches,
+            discard: !opened.options.read_only,
+            write_zeroes: !opened.options.read_only,
             ..Geometry::new(self.bytes.load(Ordering::Relaxed))
         }
     }
 
     fn channel(&self, memory: &Arc<Memory>, depth: u16) -> Result<ChannelBuilder, BackendError> {
         let hold = Arc::new(Hold::take(&self.opened, lock::WAIT)?);
-        let memory = memory.clone();
+        let (engine, file) = (self.opened.options.engine, self.opened.clone());
+        let parts = engine.wants_uring(file.kind).then(|| Uring::prepare(&hold, memory, depth));
         Ok(Box::new(move || {
-            let (engine, kind) = (hold.file().options.engine, hold.file().kind);
-            if engine != Engine::Inline && (engine, kind) != (Engine::Auto, Kind::Tmpfs) {
-                match Uring::new(&hold, &memory, depth) {
+            if let Some(parts) = parts {
+                match parts.and_then(|parts| Uring::new(parts, file, depth)) {
                     Ok(uring) => return Ok(Box::new(uring)),
                     Err(error) if engine == Engine::Uring => return Err(error),
                     Err(error) => {
@@ -200,6 +212,17 @@ impl Backend for File {
             }
             Ok(Box::new(Stepwise::new(Inline::new(hold), depth)))
         }))
+    }
+
+    fn bytes_now(&self) -> Result<u64, BackendError> {
+        let path = self.opened.path.display();
+        open::size(&self.opened.buffered)
+            .map_err(|e| BackendError(format!("reading the size of {path}: {e}")))
+    }
+
+    fn channel_descriptors(&self) -> u32 {
+        // A ring, and what that wakes its thread by.
+        if self.opened.options.engine.wants_uring(self.opened.kind) { 2 } else { 0 }
     }
 
     fn resize(&self, bytes: Option<u64>) -> Result<Geometry, BackendError> {
@@ -218,8 +241,14 @@ impl Backend for File {
             rustix::fs::ftruncate(&opened.buffered, bytes & !511)
                 .map_err(|e| failed("changing its size", &e))?;
         }
-        let bytes = open::size(&opened.buffered).map_err(|e| failed("reading its size", &e))?;
-        self.bytes.store(bytes & !511, Ordering::Relaxed);
+        self.bytes.store(self.bytes_now()? & !511, Ordering::Relaxed);
+        // The size is of no use after a power cut if it is in memory only.
+        fsync(&opened.buffered).map_err(|e| failed("making its size durable", &e))?;
         Ok(self.geometry())
+    }
+
+    fn flush(&self) -> Result<(), BackendError> {
+        let path = self.opened.path.display();
+        fdatasync(&self.opened.buffered).map_err(|error| BackendError(format!("flushing {path}: {error}")))
     }
 }

@@ -6,25 +6,21 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::sync::Mutex;
-use std::time::Duration;
 
 use rustix::fs::{
-    AtFlags, FallocateFlags, FileType, Mode, OFlags, SeekFrom, StatxFlags, fallocate, fstat, fstatfs,
-    ioctl_blkpbszget, openat, seek, statx,
+    AtFlags, FileType, Mode, OFlags, SeekFrom, StatxFlags, fstat, fstatfs, ioctl_blkpbszget, ioctl_blksszget,
+    openat, seek, statx,
 };
 use rustix::io::Errno;
 
 use super::bounce::Bounce;
-use super::{Direct, DirectAlign, FileOptions, Kind, Lock, Opened};
+use super::{Direct, DirectAlign, Engine, FileOptions, Kind, Lock, Opened, device, hold, ring};
 use crate::backend::BackendError;
-use crate::backends::lock;
 
 /// `TMPFS_MAGIC`, linux/magic.h.
 const TMPFS_MAGIC: u64 = 0x0102_1994;
 /// What is said of a file that is locked.
 const IN_USE: &str = "another process uses it (lock=late opens it all the same and waits when a guest comes, lock=off overrides)";
-/// How long a process that was killed may take to end: the memory of a large guest takes a while to unmap.
-const END_WAIT: Duration = Duration::from_secs(1);
 /// The least and most of what is announced as a unit.
 const BLOCK_BYTES_MIN: u32 = 512;
 const BLOCK_BYTES_MAX: u32 = 4096;
@@ -55,7 +51,7 @@ pub(super) fn open(path: &Path, options: FileOptions) -> Result<(Opened, u64), B
         Lock::Late | Lock::Off => None,
     };
     if let Some(owner) = &owner {
-        own(owner, path, !options.read_only).map_err(|error| match error.kind() {
+        hold::own(owner, &buffered, path, !options.read_only).map_err(|error| match error.kind() {
             io::ErrorKind::WouldBlock => failed("locking it", &IN_USE),
             _ => failed("locking it", &error),
         })?;
@@ -64,6 +60,8 @@ pub(super) fn open(path: &Path, options: FileOptions) -> Result<(Opened, u64), B
         }
     }
     let bytes = size(&buffered).map_err(|e| failed("reading its size", &e))?;
+    can_be_a_disk(&buffered, kind, bytes, options).map_err(|(what, error)| failed(what, &error))?;
+    engine(path, kind, options).map_err(|e| failed("engine=uring", &e))?;
     if bytes % 512 != 0 {
         tracing::warn!(path = %path.display(), bytes, "the bytes beyond the last whole sector cannot be reached");
     }
@@ -84,24 +82,17 @@ pub(super) fn open(path: &Path, options: FileOptions) -> Result<(Opened, u64), B
     };
     let opened = Opened {
         path: path.to_owned(),
-        punches: !options.read_only && punches(&buffered, kind, bytes),
+        zero_unit: if kind == Kind::Block { ioctl_blksszget(&buffered).map_or(4096, u64::from) } else { 1 },
         block_bytes: natural.clamp(BLOCK_BYTES_MIN, BLOCK_BYTES_MAX).next_power_of_two(),
         buffered,
         direct,
-        _owner: owner,
+        owner,
         users: Mutex::default(),
         options,
         kind,
     };
     tracing::debug!(?opened, bytes, "opened");
     Ok((opened, bytes & !511))
-}
-
-/// Makes the image ours. Where another service has it, that is soon clear: one that was killed ends soon. What the kernel
-/// still does for that is waited for longer.
-fn own(owner: &OwnedFd, path: &Path, write: bool) -> io::Result<()> {
-    lock::wait(path, END_WAIT, || lock::lock(owner, lock::OWNERSHIP, write))?;
-    lock::wait(path, lock::WAIT, || lock::test(owner, lock::USE, write))
 }
 
 fn permission(options: FileOptions) -> &'static str {
@@ -111,6 +102,38 @@ fn permission(options: FileOptions) -> &'static str {
 /// Its size in bytes: that of a block device is where it ends.
 pub(super) fn size(file: impl AsFd) -> Result<u64, Errno> {
     seek(file, SeekFrom::End(0))
+}
+
+/// What a guest would be the first to find out otherwise; else what stands against it.
+fn can_be_a_disk(
+    file: &OwnedFd,
+    kind: Kind,
+    bytes: u64,
+    options: FileOptions,
+) -> Result<(), (&'static str, String)> {
+    if bytes < 512 {
+        let hint = if kind == Kind::Block { "the device has no medium" } else { "give it a size first" };
+        return Err(("its size", format!("it has {bytes} bytes, and a disk has at least 512: {hint}")));
+    }
+    if kind == Kind::Block && !options.read_only && device::is_read_only(file).unwrap_or(false) {
+        let error = "the device is read-only, and can only be served as a read-only disk";
+        return Err((permission(options), error.to_owned()));
+    }
+    Ok(())
+}
+
+/// Whether io_uring is to be had. Where it may be something else, that is said here, and not only when a guest comes.
+fn engine(path: &Path, kind: Kind, options: FileOptions) -> io::Result<()> {
+    if !options.engine.wants_uring(kind) {
+        return Ok(());
+    }
+    match ring::probe(options.sqpoll_ms) {
+        Err(error) if options.engine == Engine::Auto => {
+            tracing::warn!(path = %path.display(), %error, "no io_uring: I/O threads will wait for each request");
+            Ok(())
+        }
+        result => result,
+    }
 }
 
 /// Whether the path still leads to what was opened (and locked) first.
@@ -131,11 +154,4 @@ fn direct_align(file: &OwnedFd, bytes: u64) -> Option<DirectAlign> {
         .into_iter()
         .find(|&align| Bounce::probe(file, align, bytes))
         .map(|align| DirectAlign { memory: align, file: align as u64 })
-}
-
-/// Whether holes can be punched: tried behind the end of a file, where there is nothing to lose. Whether a block
-/// device takes it shows when it is asked.
-fn punches(file: &OwnedFd, kind: Kind, bytes: u64) -> bool {
-    let mode = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-    kind == Kind::Block || fallocate(file, mode, bytes.next_multiple_of(4096), 4096).is_ok()
 }

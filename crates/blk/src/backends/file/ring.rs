@@ -60,9 +60,20 @@ pub(super) struct Ring {
     unsubmitted: usize,
 }
 
-impl Ring {
-    /// A ring for `depth` requests on `files`, which are then named by their index; what `hold` has locked must be one
-    /// of them. To be called, as everything else here, on the thread that uses it.
+/// What a ring is made from. Making it may take long (all of guest memory is pinned, if that is wanted), so that is done
+/// before, on a thread that nobody waits for.
+pub(super) struct Parts {
+    // Before the memory that is registered with it.
+    uring: IoUring,
+    fixed: Option<FixedBuffers>,
+    event: OwnedFd,
+    memory: Arc<Memory>,
+    hold: Arc<Hold>,
+    depth: u16,
+}
+
+impl Parts {
+    /// For `depth` requests on `files`, which are then named by their index; what `hold` has locked must be one of them.
     pub(super) fn new(
         memory: &Arc<Memory>,
         hold: &Arc<Hold>,
@@ -75,17 +86,27 @@ impl Ring {
         let lease = memory.lease().map(|lease| lease.as_fd().as_raw_fd());
         let files: Vec<RawFd> = files.iter().copied().chain(lease).collect();
         uring.submitter().register_files(&files)?;
-        // Without it a call costs a few nanoseconds more; a thread has room for 16.
-        let _ = uring.submitter().register_ring_fd();
         let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
         uring.submitter().register_eventfd(event.as_raw_fd())?;
         uring.completion().disable_eventfd();
         let fixed = fixed_buffers.then(|| FixedBuffers::register(&uring, memory)).flatten();
+        Ok(Self { uring, fixed, event, memory: memory.clone(), hold: hold.clone(), depth })
+    }
+}
+
+impl Ring {
+    /// A ring of these parts. To be called, as everything else here, on the thread that uses it.
+    pub(super) fn new(parts: Parts) -> io::Result<Self> {
+        let Parts { uring, fixed, event, memory, hold, depth } = parts;
+        // From now on it takes requests, and only from this thread.
+        uring.submitter().register_enable_rings()?;
+        // Without it a call costs a few nanoseconds more; a thread has room for 16.
+        let _ = uring.submitter().register_ring_fd();
         Ok(Self {
             uring: ManuallyDrop::new(uring),
             slots: ManuallyDrop::new((0..depth).map(|_| Buffers::default()).collect()),
-            memory: ManuallyDrop::new(memory.clone()),
-            hold: ManuallyDrop::new(hold.clone()),
+            memory: ManuallyDrop::new(memory),
+            hold: ManuallyDrop::new(hold),
             fixed,
             event,
             in_flight: 0,
@@ -142,6 +163,18 @@ impl Ring {
     /// Makes the file's data durable.
     pub(super) fn sync(&mut self, slot: usize, file: u32) {
         self.push(slot, opcode::Fsync::new(Fixed(file)).flags(FsyncFlags::DATASYNC).build());
+    }
+
+    /// Writes bytes that never change.
+    pub(super) fn write_constant(&mut self, slot: usize, file: u32, offset: u64, bytes: &'static [u8]) {
+        let entry =
+            opcode::Write::new(Fixed(file), bytes.as_ptr(), bytes.len() as u32).offset(offset).build();
+        self.push(slot, entry);
+    }
+
+    /// Succeeds.
+    pub(super) fn nothing(&mut self, slot: usize) {
+        self.push(slot, opcode::Nop::new().build());
     }
 
     /// `fallocate(2)`.
@@ -247,11 +280,17 @@ impl Drop for Ring {
     }
 }
 
-/// A ring with the best flags that the kernel has.
+/// Whether the system lets this process have rings: containers and administrators forbid them.
+pub(super) fn probe(sqpoll_ms: Option<u32>) -> io::Result<()> {
+    build(1, sqpoll_ms).map(|_| ())
+}
+
+/// A ring with the best flags that the kernel has, to be enabled by the thread that will use it.
 fn build(entries: u32, sqpoll_ms: Option<u32>) -> io::Result<IoUring> {
     let mut result = Err(io::ErrorKind::Unsupported.into());
     for attempt in 0..3 {
         let mut builder = IoUring::builder();
+        builder.setup_r_disabled();
         match (sqpoll_ms, attempt) {
             (Some(idle_ms), 0) => builder.setup_sqpoll(idle_ms).setup_single_issuer(),
             (Some(idle_ms), _) => builder.setup_sqpoll(idle_ms),

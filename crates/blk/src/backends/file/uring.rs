@@ -4,19 +4,20 @@
 //! is looked for in shared memory.
 
 use std::collections::VecDeque;
+use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::path::Path;
 use std::sync::Arc;
 
 use reactor::LogLimit;
-use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
 use virtio::Memory;
 use virtio::ring::Chains;
 
 use super::bounce::{BOUNCE_BYTES, Bounce};
 use super::hold::Hold;
-use super::ring::{PIECES_MAX, Ring, Way};
+use super::ring::{PIECES_MAX, Parts, Ring, Way};
+use super::zero::{Step, zeros};
 use super::{DirectAlign, Opened};
 use crate::backend::{BackendError, Channel, Done, Op, OpKind, Status};
 use crate::data::Pieces;
@@ -37,8 +38,29 @@ struct Flight {
     op: Op,
     /// Bytes that are done.
     progress: u64,
-    /// Index of the way to zero a range that is being tried.
-    attempt: usize,
+    /// Ways to zero a range that the system turned out not to know.
+    refusals: usize,
+}
+
+impl Flight {
+    /// Takes note of a request that succeeded with `result`; false if it got nowhere.
+    #[inline(always)]
+    fn advance(&mut self, file: &Opened, result: u64) -> bool {
+        let step = match self.op.kind {
+            OpKind::Discard | OpKind::WriteZeroes { .. } => self.zero_step(file),
+            _ => Step::Write { len: result },
+        };
+        let moved = match step {
+            Step::Allocate { len, .. } | Step::Skip { len } => len,
+            Step::Write { .. } => result,
+        };
+        self.progress += moved;
+        moved > 0
+    }
+
+    fn zero_step(&self, file: &Opened) -> Step {
+        file.zero_step(&self.op, self.progress, self.refusals)
+    }
 }
 
 /// A queue's way to a file.
@@ -56,8 +78,9 @@ pub(super) struct Uring {
 }
 
 impl Uring {
-    pub(super) fn new(hold: &Arc<Hold>, memory: &Arc<Memory>, depth: u16) -> Result<Self, BackendError> {
-        let file = hold.file().clone();
+    /// What may take long, on any thread.
+    pub(super) fn prepare(hold: &Arc<Hold>, memory: &Arc<Memory>, depth: u16) -> Result<Parts, BackendError> {
+        let file = hold.file();
         // The one that is locked is always among them.
         let files = match &file.direct {
             Some((direct, _)) => vec![direct.as_raw_fd(), file.buffered.as_raw_fd()],
@@ -65,12 +88,14 @@ impl Uring {
         };
         // Pinned pages pay only where the kernel would otherwise pin them for each request.
         let fixed = file.options.fixed_buffers && file.direct.is_some();
-        let ring =
-            Ring::new(memory, hold, depth, &files, file.options.sqpoll_ms, fixed).map_err(|error| {
-                BackendError(format!("making an io_uring for {}: {error}", file.path.display()))
-            })?;
+        Parts::new(memory, hold, depth, &files, file.options.sqpoll_ms, fixed)
+            .map_err(|error| not_made(file, &error))
+    }
+
+    /// The rest, on the thread that will use it.
+    pub(super) fn new(parts: Parts, file: Arc<Opened>, depth: u16) -> Result<Self, BackendError> {
         Ok(Self {
-            ring,
+            ring: Ring::new(parts).map_err(|error| not_made(&file, &error))?,
             align: file.direct.as_ref().map(|&(_, align)| align),
             file,
             flights: (0..depth).map(|_| None).collect(),
@@ -85,16 +110,14 @@ impl Uring {
     /// Makes the request for what is left of the operation in `slot`.
     #[inline(always)]
     fn request(&mut self, slot: usize, chains: &Chains) {
-        let Some(Flight { op, progress, attempt }) = &self.flights[slot] else { return };
+        let Some(Flight { op, progress, .. }) = &self.flights[slot] else { return };
         let (offset, left) = (op.offset + progress, op.len - progress);
         let way = match op.kind {
             OpKind::Read => Way::FromFile,
             OpKind::Write => Way::ToFile,
             OpKind::Flush => return self.ring.sync(slot, MAIN),
-            OpKind::Discard | OpKind::WriteZeroes { .. } | OpKind::SecureErase => {
-                let mode = zero_mode(&self.file, op.kind, *attempt).unwrap_or(FallocateFlags::empty());
-                return self.ring.allocate(slot, MAIN, mode.bits() as i32, offset, left);
-            }
+            OpKind::Discard | OpKind::WriteZeroes { .. } => return self.request_zeros(slot),
+            OpKind::SecureErase => return self.ring.nothing(slot),
         };
         let len = left.min(TRANSFER_BYTES_MAX);
         let pieces = Pieces::new(op.kind, chains.get(&op.token), *progress, len);
@@ -114,6 +137,22 @@ impl Uring {
             return self.ring.transfer(slot, way, MAIN, offset, pieces);
         }
         self.request_bounced(slot, way, chains);
+    }
+
+    /// The same for an operation on a range.
+    fn request_zeros(&mut self, slot: usize) {
+        let Some(flight) = &self.flights[slot] else { return };
+        let offset = flight.op.offset + flight.progress;
+        match flight.zero_step(&self.file) {
+            Step::Allocate { mode, len } => self.ring.allocate(slot, MAIN, mode.bits() as i32, offset, len),
+            Step::Write { len } => {
+                let zeros = zeros(len);
+                let aligned = |align: DirectAlign| (offset | zeros.len() as u64).is_multiple_of(align.file);
+                let file = if self.align.is_none_or(aligned) { MAIN } else { BUFFERED };
+                self.ring.write_constant(slot, file, offset, zeros);
+            }
+            Step::Skip { .. } => self.ring.nothing(slot),
+        }
     }
 
     /// The same through a buffer of our own, as soon as there is one.
@@ -145,27 +184,23 @@ impl Uring {
         let Some(flight) = &mut self.flights[slot] else { return };
         let kind = flight.op.kind;
         let status = match (result, kind) {
-            (1.., OpKind::Read | OpKind::Write) => {
-                flight.progress += result as u64;
+            (_, OpKind::SecureErase) => Status::Unsupported,
+            (0, OpKind::Flush) => Status::Ok,
+            (0.., _) if flight.advance(&self.file, result as u64) => {
                 if flight.progress < flight.op.len {
                     return self.request(slot, chains);
                 }
                 Status::Ok
             }
-            (0, OpKind::Flush | OpKind::Discard | OpKind::WriteZeroes { .. }) => Status::Ok,
             // The file was cut off below the capacity. What stood there is lost, and zeros would hide that.
             (0, _) => report(&self.file.path, &flight.op, Errno::IO),
             _ => {
                 let error = Errno::from_raw_os_error(-result);
-                let more = match error {
-                    Errno::INTR | Errno::AGAIN => true,
-                    Errno::OPNOTSUPP => {
-                        flight.attempt += 1;
-                        zero_mode(&self.file, kind, flight.attempt).is_some()
-                    }
-                    _ => false,
-                };
-                if more {
+                let refused = error == Errno::OPNOTSUPP
+                    && matches!(kind, OpKind::Discard | OpKind::WriteZeroes { .. })
+                    && matches!(flight.zero_step(&self.file), Step::Allocate { .. });
+                flight.refusals += usize::from(refused);
+                if refused || matches!(error, Errno::INTR | Errno::AGAIN) {
                     return self.request(slot, chains);
                 }
                 report(&self.file.path, &flight.op, error)
@@ -192,21 +227,15 @@ impl Uring {
     }
 }
 
-/// The `attempt`th way to carry out an operation on a range.
-fn zero_mode(file: &Opened, kind: OpKind, attempt: usize) -> Option<FallocateFlags> {
-    let modes = match kind {
-        OpKind::Discard => &file.zero_modes(true)[..1],
-        OpKind::WriteZeroes { unmap } => file.zero_modes(unmap),
-        _ => &[],
-    };
-    modes.get(attempt).copied()
+fn not_made(file: &Opened, error: &io::Error) -> BackendError {
+    BackendError(format!("making an io_uring for {}: {error}", file.path.display()))
 }
 
 impl Channel for Uring {
     fn submit(&mut self, ops: &mut Vec<Op>, chains: &Chains, done: &mut Vec<Done>) {
         for op in ops.drain(..) {
             let slot = op.token.slot();
-            self.flights[slot] = Some(Flight { op, progress: 0, attempt: 0 });
+            self.flights[slot] = Some(Flight { op, progress: 0, refusals: 0 });
             self.in_flight += 1;
             self.request(slot, chains);
         }

@@ -7,6 +7,7 @@ mod store;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use rustix::system::sysinfo;
 use virtio::ring::Chains;
 
 use self::store::Store;
@@ -16,8 +17,6 @@ use crate::data::Pieces;
 
 /// The most bytes copied for one operation in one go.
 const COPY_BYTES_MAX: u64 = 256 << 10;
-/// The most bytes given back to the system in one go: freeing that many takes about a millisecond.
-const FREE_BYTES_MAX: u64 = 16 << 20;
 
 /// A disk in memory.
 #[derive(Debug)]
@@ -34,7 +33,21 @@ impl Memory {
     /// # Errors
     /// The address space cannot be had.
     pub fn new(bytes: u64, huge: bool) -> Result<Self, BackendError> {
+        warn_of_overcommitment(bytes);
         Ok(Self { store: Arc::new(Store::new(bytes & !511, huge)?), bytes: AtomicU64::new(bytes & !511) })
+    }
+}
+
+/// A disk takes memory only as it is written, so it may be larger than what there is; but not be full then.
+fn warn_of_overcommitment(bytes: u64) {
+    let system = sysinfo();
+    let memory_bytes = (system.totalram + system.totalswap).saturating_mul(system.mem_unit.into());
+    if bytes > memory_bytes {
+        tracing::warn!(
+            bytes,
+            memory_bytes,
+            "the disk is larger than this host's memory and swap: what is written to it may get processes killed"
+        );
     }
 }
 
@@ -57,6 +70,7 @@ impl Backend for Memory {
         if let Some(bytes) = bytes {
             let bytes = bytes & !511;
             let before = self.bytes.load(Ordering::Relaxed);
+            warn_of_overcommitment(bytes);
             self.store.resize(before, bytes)?;
             self.bytes.store(bytes, Ordering::Relaxed);
         }
@@ -85,7 +99,7 @@ impl Steps for InPlace {
                 if copied == now { Ok(progress + now) } else { Err(Status::IoError) }
             }
             OpKind::Discard | OpKind::WriteZeroes { .. } => {
-                let now = left.min(FREE_BYTES_MAX);
+                let now = self.store.zeroed_at_once(at, left);
                 self.store.zero(at, now).map(|()| progress + now).map_err(|_| Status::IoError)
             }
             OpKind::Flush => Ok(0),

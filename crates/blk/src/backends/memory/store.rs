@@ -19,6 +19,9 @@ use crate::backend::BackendError;
 use crate::data::{Piece, Pieces};
 
 const PAGE_BYTES: u64 = 4096;
+/// The most bytes given back to the system in one go, which takes as long as copying a few hundred kilobytes. A huge
+/// page: less would split it.
+const FREE_BYTES_MAX: u64 = 2 << 20;
 /// The least address space reserved for a disk, so that small ones can grow.
 const RESERVED_BYTES_MIN: u64 = 64 << 30;
 /// The most: a quarter of what a process has.
@@ -127,6 +130,11 @@ impl Store {
             copied += len as u64;
         }
         copied
+    }
+
+    /// How much of a range to make zeros before others are to have their turn.
+    pub(super) fn zeroed_at_once(&self, offset: u64, len: u64) -> u64 {
+        len.min(FREE_BYTES_MAX - self.at(offset).addr() as u64 % FREE_BYTES_MAX)
     }
 
     /// Makes the range zeros, giving back the pages that it covers.

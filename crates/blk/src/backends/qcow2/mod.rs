@@ -141,12 +141,20 @@ impl Backend for Qcow2 {
     fn resize(&self, bytes: Option<u64>) -> Result<Geometry, BackendError> {
         let mut access = self.image.access.write().unwrap_or_else(PoisonError::into_inner);
         if let Some(bytes) = bytes {
-            access.resize(bytes & !511, PreallocateMode::Zero).map_err(|error| {
+            let resized = access.resize(bytes & !511, PreallocateMode::Zero);
+            let durable = resized.and_then(|()| access.flush()).and_then(|()| access.sync());
+            durable.map_err(|error| {
                 BackendError(format!("resizing {} to {bytes} bytes: {error}", self.image.path.display()))
             })?;
         }
         self.bytes.store(access.size() & !511, Ordering::Relaxed);
         drop(access);
         Ok(self.geometry())
+    }
+    fn flush(&self) -> Result<(), BackendError> {
+        let access = self.image.access.read().unwrap_or_else(PoisonError::into_inner);
+        let path = self.image.path.display();
+        let flushed = access.flush().and_then(|()| access.sync());
+        flushed.map_err(|error| BackendError(format!("flushing {path}: {error}")))
     }
 }

@@ -1,0 +1,45 @@
+//! Queues whose driver does not kick, looked at every so often.
+//!
+//! A front end may pass no descriptor to kick ("polling should be used"). Whether a thread polls for good is not for a
+//! front end to say: where it does not, the thread sleeps as ever and a timer takes the kick's place.
+
+use std::os::fd::RawFd;
+
+use reactor::{Budget, Poller, Ticks, Work};
+
+use crate::device::PollerBuilder;
+
+/// The time between two looks at an idle queue: a thousand of them take a percent of a CPU or so.
+const LOOK_NS: u64 = 1_000_000;
+
+struct Unkicked(Box<dyn Poller>);
+
+/// The same poller, with a timer for kicks.
+pub(crate) fn unkicked(builder: PollerBuilder) -> PollerBuilder {
+    Box::new(move || Box::new(Unkicked(builder())))
+}
+
+impl Poller for Unkicked {
+    fn poll(&mut self, now: Ticks, budget: Budget) -> Work {
+        let mut work = self.0.poll(now, budget);
+        let look = now.plus_ns(LOOK_NS);
+        work.wake_at = Some(work.wake_at.map_or(look, |due| due.min(look)));
+        work
+    }
+
+    fn arm(&mut self) -> bool {
+        self.0.arm()
+    }
+
+    fn disarm(&mut self) {
+        self.0.disarm();
+    }
+
+    fn wake_fds(&self) -> Vec<RawFd> {
+        self.0.wake_fds()
+    }
+
+    fn drain(&mut self, now: Ticks) -> bool {
+        self.0.drain(now)
+    }
+}
