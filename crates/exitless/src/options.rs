@@ -132,6 +132,9 @@ pub struct BlkOptions {
     pub backend: Spec,
 
     /// Queues the driver may use [default: one per CPU listed in --cpus, else 1].
+    ///
+    /// Each may have a ring of up to 1024 descriptors, as in QEMU. A front end that wants a larger one gets an error, or
+    /// loses its connection if it does not ask for acknowledgements.
     #[arg(long, value_name = "COUNT", value_parser = parse_count::<NonZeroU16>)]
     pub queues: Option<NonZeroU16>,
 

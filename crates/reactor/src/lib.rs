@@ -18,6 +18,7 @@
 
 #![warn(missing_docs)]
 
+mod apart;
 mod bell;
 mod book;
 mod clock;
@@ -43,6 +44,7 @@ mod timer;
 mod tsc;
 mod watchdog;
 
+pub use apart::spawn_apart;
 pub use clock::Clock;
 pub use cpulist::{CPUS_MAX, CpuList, CpuListError, format_cpus};
 pub use cpus::{Cpu, Machine, Quota, cpus_of_process};

@@ -2,20 +2,19 @@
 //!
 //! I/O threads use it too (calls in band), so nothing here blocks: what cannot be sent now is remembered, one flag for
 //! each thing there is to say, and sent by the control thread when there is room. Replies are never asked for, hence
-//! none come and the channel is never read. It is a socket, or a pipe (User-Mode Linux).
+//! none come and the channel is never read. Here it is always a socket of our own; between it and the front end's socket,
+//! or pipe (User-Mode Linux), moves the thread of the connection ([`crate::intake`]).
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use rustix::fs::OFlags;
 use rustix::io::Errno;
 use vhost::vhost_user::message::BackendReq;
-use virtio::{Call, Trust};
+use virtio::Call;
 
 use crate::bell::Bell;
-use crate::peer_fd::{PeerFdError, Stream};
-use crate::wire::encode_request;
+use crate::wire::{encode_request, send};
 
 /// The page size that host notifiers are mapped with.
 pub(crate) const NOTIFIER_BYTES: u64 = 4096;
@@ -29,7 +28,9 @@ struct Pending {
 
 /// The channel. Shared by the control thread and the I/O threads of the device.
 pub(crate) struct Channel {
-    stream: Stream,
+    socket: OwnedFd,
+    /// Whether descriptors can be sent along.
+    takes_fds: bool,
     rings: Box<[Pending]>,
     /// Wakes the control thread when something is left to be sent.
     bell: Arc<Bell>,
@@ -46,9 +47,8 @@ enum Sent {
 }
 
 impl Channel {
-    pub(crate) fn new(fd: OwnedFd, rings: u16, bell: Arc<Bell>, trust: Trust) -> Result<Self, PeerFdError> {
-        let stream = Stream::new(fd, OFlags::WRONLY, trust)?;
-        Ok(Self { stream, rings: (0..rings).map(|_| Pending::default()).collect(), bell })
+    pub(crate) fn new(socket: OwnedFd, takes_fds: bool, rings: u16, bell: Arc<Bell>) -> Self {
+        Self { socket, takes_fds, rings: (0..rings).map(|_| Pending::default()).collect(), bell }
     }
 
     /// Says that the configuration space has changed; false if that must be tried again.
@@ -116,14 +116,14 @@ impl Channel {
         self.send(request, &body, None)
     }
 
-    /// Messages are far smaller than what a socket or pipe takes whole or not at all.
+    /// The socket takes a message whole or not at all.
     fn send(&self, request: BackendReq, body: &[u8], fd: Option<BorrowedFd<'_>>) -> Sent {
-        if fd.is_some() && !self.stream.is_socket() {
+        if fd.is_some() && !self.takes_fds {
             return Sent::Never;
         }
         let message = encode_request(request.into(), body);
         loop {
-            return match self.stream.write(&message, fd) {
+            return match send(self.as_fd(), &message, fd) {
                 Ok(_) => Sent::Yes,
                 Err(Errno::INTR) => continue,
                 Err(Errno::AGAIN) => Sent::NotYet,
@@ -135,7 +135,7 @@ impl Channel {
 
 impl AsFd for Channel {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.stream.as_fd()
+        self.socket.as_fd()
     }
 }
 
@@ -148,9 +148,5 @@ pub(crate) struct InBandCall {
 impl Call for InBandCall {
     fn call(&self) -> bool {
         self.channel.tell(BackendReq::VRING_CALL, self.index, |pending| &pending.call)
-    }
-
-    fn is_hostile(&self) -> bool {
-        self.channel.stream.is_hostile()
     }
 }

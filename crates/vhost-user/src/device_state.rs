@@ -1,19 +1,18 @@
-//! A device's own state on its way to or from a pipe, during a migration.
+//! A device's own state on its way to or from the front end, during a migration.
 //!
-//! The front end reads or writes the other end whenever it likes, while the session goes on answering. So the transfer
+//! Here it goes through a socket of our own; the thread of the connection moves it from or to the front end's pipe
+//! ([`crate::intake`]). The front end reads or writes whenever it likes, while the session goes on answering. So the transfer
 //! is a little state machine that moves what can be moved now; it has a limit in bytes and in time.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use rustix::event::PollFlags;
-use rustix::fs::OFlags;
 use rustix::io::Errno;
+use rustix::net::{RecvFlags, Shutdown, recv, shutdown};
 
-use virtio::Trust;
-
-use crate::peer_fd::{PeerFdError, Stream};
 use crate::request::Direction;
+use crate::wire::send;
 
 /// The most a device's state may take.
 pub(crate) const STATE_BYTES_MAX: usize = 64 << 20;
@@ -34,10 +33,12 @@ pub(crate) enum TransferError {
 
 /// A transfer that is under way.
 pub(crate) struct Transfer {
-    stream: Stream,
+    socket: OwnedFd,
     direction: Direction,
     bytes: Vec<u8>,
     written: usize,
+    /// All is written, and the other side has been told so.
+    is_sent: bool,
     deadline: Instant,
 }
 
@@ -50,19 +51,9 @@ pub(crate) enum Progress {
 }
 
 impl Transfer {
-    pub(crate) fn new(
-        direction: Direction,
-        fd: OwnedFd,
-        state: Vec<u8>,
-        trust: Trust,
-    ) -> Result<Self, PeerFdError> {
-        let access = match direction {
-            Direction::Save => OFlags::WRONLY,
-            Direction::Load => OFlags::RDONLY,
-        };
-        let stream = Stream::new(fd, access, trust)?;
+    pub(crate) fn new(direction: Direction, socket: OwnedFd, state: Vec<u8>) -> Self {
         let deadline = Instant::now() + TRANSFER_DEADLINE;
-        Ok(Self { stream, direction, bytes: state, written: 0, deadline })
+        Self { socket, direction, bytes: state, written: 0, is_sent: false, deadline }
     }
 
     pub(crate) fn direction(&self) -> Direction {
@@ -72,7 +63,8 @@ impl Transfer {
     /// What to wait for before the next [`Transfer::advance`].
     pub(crate) fn events(&self) -> PollFlags {
         match self.direction {
-            Direction::Save => PollFlags::OUT,
+            Direction::Save if !self.is_sent => PollFlags::OUT,
+            Direction::Save => PollFlags::IN,
             Direction::Load => PollFlags::IN,
         }
     }
@@ -86,10 +78,14 @@ impl Transfer {
     pub(crate) fn advance(&mut self) -> Result<Progress, TransferError> {
         loop {
             let moved = match self.direction {
-                Direction::Save if self.written == self.bytes.len() => return Ok(Progress::Done(Vec::new())),
+                Direction::Save if self.written == self.bytes.len() => match self.acknowledgement() {
+                    Ok(0) => Err(Errno::PIPE),
+                    Ok(_) => return Ok(Progress::Done(Vec::new())),
+                    Err(error) => Err(error),
+                },
                 Direction::Save => {
                     let end = self.bytes.len().min(self.written + CHUNK_BYTES);
-                    self.stream.write(&self.bytes[self.written..end], None).map(|n| self.written += n)
+                    send(self.socket.as_fd(), &self.bytes[self.written..end], None).map(|n| self.written += n)
                 }
                 Direction::Load => match self.read() {
                     Ok(0) => return Ok(Progress::Done(std::mem::take(&mut self.bytes))),
@@ -106,10 +102,18 @@ impl Transfer {
         }
     }
 
+    /// Says that this was all, and hears a byte when it has reached the front end's file.
+    fn acknowledgement(&mut self) -> Result<usize, Errno> {
+        if !std::mem::replace(&mut self.is_sent, true) {
+            shutdown(&self.socket, Shutdown::Write)?;
+        }
+        recv(&self.socket, &mut [0], RecvFlags::DONTWAIT).map(|(bytes, _)| bytes)
+    }
+
     fn read(&mut self) -> Result<usize, Errno> {
         let start = self.bytes.len();
         self.bytes.resize(start + CHUNK_BYTES, 0);
-        let read = self.stream.read(&mut self.bytes[start..]);
+        let read = recv(&self.socket, &mut self.bytes[start..], RecvFlags::DONTWAIT).map(|(bytes, _)| bytes);
         self.bytes.truncate(start + *read.as_ref().unwrap_or(&0));
         read
     }
@@ -117,6 +121,6 @@ impl Transfer {
 
 impl AsFd for Transfer {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.stream.as_fd()
+        self.socket.as_fd()
     }
 }

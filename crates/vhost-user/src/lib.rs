@@ -7,6 +7,7 @@
 //!
 //! From the socket inwards:
 //!
+//! * `intake`: a thread for each connection, where descriptors are told apart and the bad ones stay.
 //! * `wire`: bytes and descriptors to messages. Non-blocking, bounded, with a deadline.
 //! * `request`: a message to a typed [`Request`](request::Request), or the reason why it is none. Pure.
 //! * `session`: what a request does. A synchronous state machine without a socket; everything that one front end set
@@ -27,11 +28,12 @@ mod backend_channel;
 mod bell;
 mod device_state;
 mod inflight;
+mod intake;
 mod lease;
 mod listener;
 mod log;
 mod memory_table;
-mod peer_fd;
+mod peer_log;
 mod request;
 mod server;
 mod session;
@@ -41,7 +43,6 @@ mod wire;
 pub use lease::LeaseError;
 pub use listener::{ListenError, Listener};
 pub use memory_table::MemoryTableError;
-pub use peer_fd::PeerFdError;
 pub use request::{RequestError, RequestErrorKind};
 pub use server::{Error, Options, Peer, QueueStatus, Server, ServerHandle, Status};
 pub use session::SessionError;

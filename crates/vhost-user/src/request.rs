@@ -13,6 +13,7 @@ use vhost::vhost_user::message::{
 use virtio::ring::RING_SIZE_MAX;
 use vm_memory::ByteValued;
 
+use crate::intake::PeerFd;
 use crate::wire::{FDS_MAX, Message};
 
 /// Set in the first field of SET_VRING_KICK, _CALL and _ERR when no descriptor comes along.
@@ -58,6 +59,9 @@ pub enum RequestErrorKind {
         /// Descriptors needed.
         need: usize,
     },
+    /// A descriptor is of a kind that cannot be used.
+    #[error("its file descriptor cannot be used: {0}")]
+    Descriptor(String),
     /// A field is out of range.
     #[error("{field} is {value:#x}: {allowed}")]
     Value {
@@ -119,38 +123,88 @@ pub(crate) enum Request {
     SetOwner,
     ResetOwner,
     SetMemTable(Vec<(RegionInfo, OwnedFd)>),
-    SetLogBase { len: u64, offset: u64, fd: OwnedFd },
+    SetLogBase {
+        len: u64,
+        offset: u64,
+        fd: OwnedFd,
+    },
     SetLogFd,
-    SetVringNum { index: u16, size: u16 },
-    SetVringAddr { index: u16, addresses: RingAddresses },
-    SetVringBase { index: u16, base: u32 },
-    GetVringBase { index: u16 },
-    SetVringKick { index: u16, fd: Option<OwnedFd> },
-    SetVringCall { index: u16, fd: Option<OwnedFd> },
-    SetVringErr { index: u16, fd: Option<OwnedFd> },
+    SetVringNum {
+        index: u16,
+        size: u16,
+    },
+    SetVringAddr {
+        index: u16,
+        addresses: RingAddresses,
+    },
+    SetVringBase {
+        index: u16,
+        base: u32,
+    },
+    GetVringBase {
+        index: u16,
+    },
+    SetVringKick {
+        index: u16,
+        fd: Option<OwnedFd>,
+    },
+    SetVringCall {
+        index: u16,
+        fd: Option<OwnedFd>,
+    },
+    SetVringErr {
+        index: u16,
+        fd: Option<OwnedFd>,
+    },
     GetProtocolFeatures,
     SetProtocolFeatures(u64),
     GetQueueNum,
-    SetVringEnable { index: u16, enable: bool },
-    SetBackendReqFd(OwnedFd),
-    GetConfig { offset: u32, len: u32, flags: u32 },
-    SetConfig { offset: u32, data: Vec<u8>, migration: bool },
-    GetInflightFd { info: InflightInfo, body_len: usize },
-    SetInflightFd { info: InflightInfo, fd: OwnedFd },
+    SetVringEnable {
+        index: u16,
+        enable: bool,
+    },
+    SetBackendReqFd {
+        fd: OwnedFd,
+        takes_fds: bool,
+    },
+    GetConfig {
+        offset: u32,
+        len: u32,
+        flags: u32,
+    },
+    SetConfig {
+        offset: u32,
+        data: Vec<u8>,
+        migration: bool,
+    },
+    GetInflightFd {
+        info: InflightInfo,
+        body_len: usize,
+    },
+    SetInflightFd {
+        info: InflightInfo,
+        fd: OwnedFd,
+    },
     ResetDevice,
-    VringKick { index: u16 },
+    VringKick {
+        index: u16,
+    },
     GetMaxMemSlots,
     AddMemReg(RegionInfo, OwnedFd),
     RemMemReg(RegionInfo),
     SetStatus(u8),
     GetStatus,
-    SetDeviceStateFd { direction: Direction, fd: OwnedFd },
+    /// Its own reply can tell that the descriptor is none that can be used.
+    SetDeviceStateFd {
+        direction: Direction,
+        fd: Result<OwnedFd, String>,
+    },
     CheckDeviceState,
 }
 
 impl Request {
     /// Reads a message. Descriptors that belong to no valid request are closed.
-    pub(crate) fn parse(message: Message) -> Result<Self, RequestError> {
+    pub(crate) fn parse(message: Message<PeerFd>) -> Result<Self, RequestError> {
         let Message { request: code, body, fds, .. } = message;
         parse(code, &body, Fds(fds)).map_err(|kind| RequestError { code, kind })
     }
@@ -171,7 +225,7 @@ fn parse(code: u32, body: &[u8], mut fds: Fds) -> Parsed<Request> {
         }
         FrontendReq::SET_LOG_FD => {
             // Where to signal that the log has changed: the front ends there are look at the log when they want to.
-            drop(fds.one()?);
+            drop(fds.one_of_any_kind()?);
             Request::SetLogFd
         }
         FrontendReq::SET_VRING_NUM => {
@@ -208,7 +262,10 @@ fn parse(code: u32, body: &[u8], mut fds: Fds) -> Parsed<Request> {
             }
             Request::SetVringEnable { index, enable: num == 1 }
         }
-        FrontendReq::SET_BACKEND_REQ_FD => Request::SetBackendReqFd(fds.one()?),
+        FrontendReq::SET_BACKEND_REQ_FD => {
+            let (fd, takes_fds) = open(fds.one_of_any_kind()?)?;
+            Request::SetBackendReqFd { fd, takes_fds }
+        }
         FrontendReq::GET_CONFIG => {
             let VhostUserConfig { offset, size, flags } = config_header(body)?;
             Request::GetConfig { offset, len: size, flags }
@@ -252,7 +309,12 @@ fn parse(code: u32, body: &[u8], mut fds: Fds) -> Parsed<Request> {
                 DIRECTION_LOAD => Direction::Load,
                 other => return Err(value("direction", other.into(), "0 to save, 1 to load")),
             };
-            Request::SetDeviceStateFd { direction, fd: fds.one()? }
+            let fd = match open(fds.one_of_any_kind()?) {
+                Ok((fd, _)) => Ok(fd),
+                Err(RequestErrorKind::Descriptor(reason)) => Err(reason),
+                Err(other) => return Err(other),
+            };
+            Request::SetDeviceStateFd { direction, fd }
         }
         FrontendReq::CHECK_DEVICE_STATE => Request::CheckDeviceState,
         _ => return Err(RequestErrorKind::Unknown),
@@ -262,10 +324,14 @@ fn parse(code: u32, body: &[u8], mut fds: Fds) -> Parsed<Request> {
 }
 
 /// The descriptors of a message that nobody has asked for yet.
-struct Fds(Vec<OwnedFd>);
+struct Fds(Vec<PeerFd>);
 
 impl Fds {
     fn one(&mut self) -> Parsed<OwnedFd> {
+        Ok(open(self.one_of_any_kind()?)?.0)
+    }
+
+    fn one_of_any_kind(&mut self) -> Parsed<PeerFd> {
         let have = self.0.len();
         if have != 1 {
             return Err(RequestErrorKind::Fds { have, need: 1 });
@@ -278,6 +344,15 @@ impl Fds {
             0 => Ok(()),
             have => Err(RequestErrorKind::Fds { have, need: 0 }),
         }
+    }
+}
+
+/// A descriptor that can be used, and whether it takes others along.
+fn open(fd: PeerFd) -> Parsed<(OwnedFd, bool)> {
+    match fd {
+        PeerFd::Open { fd, takes_fds } => Ok((fd, takes_fds)),
+        PeerFd::Kept => Err(RequestErrorKind::Descriptor("none was expected".to_owned())),
+        PeerFd::Refused(reason) => Err(RequestErrorKind::Descriptor(reason)),
     }
 }
 
@@ -338,7 +413,7 @@ fn mem_table(body: &[u8], fds: &mut Fds) -> Parsed<Vec<(RegionInfo, OwnedFd)>> {
     regions
         .chunks_exact(size_of::<VhostUserMemoryRegion>())
         .zip(fds.0.drain(..))
-        .map(|(bytes, fd)| Ok((region(bytes)?, fd)))
+        .map(|(bytes, fd)| Ok((region(bytes)?, open(fd)?.0)))
         .collect()
 }
 
@@ -403,8 +478,8 @@ mod tests {
 
     use super::*;
 
-    fn message(request: u32, body: Vec<u8>, fds: usize) -> Message {
-        let fd = || eventfd(0, EventfdFlags::CLOEXEC).unwrap();
+    fn message(request: u32, body: Vec<u8>, fds: usize) -> Message<PeerFd> {
+        let fd = || PeerFd::Open { fd: eventfd(0, EventfdFlags::CLOEXEC).unwrap(), takes_fds: false };
         Message { request, need_reply: false, body, fds: (0..fds).map(|_| fd()).collect() }
     }
 

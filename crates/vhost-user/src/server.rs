@@ -4,7 +4,7 @@
 //! session. One front end at a time holds the device; a second one is turned away, and when the first is gone, for
 //! whatever reason, the next may come: at once, or after a pause if the first kept a thread waiting that others need.
 
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -17,15 +17,22 @@ use virtio::{QueueCounters, QueueSet};
 
 use crate::bell::Bell;
 use crate::inflight::RecordId;
+use crate::intake::{self, Link};
 use crate::listener::{ListenError, Listener};
+use crate::peer_log::{Kind, PeerLog};
 use crate::session::{Reply, Session, SessionError, SessionOptions, lock};
-use crate::wire::{Connection, Received, WireError};
+use crate::wire::{Received, Replies, WireError};
 
 /// How long no front end is accepted after the system refused to (it is out of descriptors).
 const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
 /// How long no front end is accepted after one that made a thread of ours wait. It can do that for some 20 ms in a
 /// session, so this keeps whoever tries it all the time below 0.1 % of an I/O thread's time.
 const HOSTILE_PAUSE: Duration = Duration::from_secs(60);
+/// How long messages are waited for that a front end sent before it hung up. They come at once, unless it keeps the
+/// thread that takes them in.
+const HANG_UP_PATIENCE: Duration = Duration::from_secs(2);
+/// Threads of connections that are over, and that wait in a descriptor. With so many no front end is accepted.
+const LEAVING_MAX: usize = 8;
 
 /// How a device is served.
 #[derive(Clone, Debug)]
@@ -170,6 +177,7 @@ pub struct Server {
     shared: Arc<Shared>,
     signals: Arc<Signals>,
     session_options: SessionOptions,
+    log: Arc<PeerLog>,
 }
 
 impl Server {
@@ -178,6 +186,8 @@ impl Server {
     /// # Errors
     /// The socket cannot be made, or somebody else uses it.
     pub fn new(queues: QueueSet, options: &Options) -> Result<Self, Error> {
+        intake::start()
+            .map_err(|source| Error::System { what: "start the thread for connections", source })?;
         let listener = Listener::for_group(&options.socket, options.socket_mode, options.socket_group)?;
         let bell = Bell::new().map_err(|e| Error::System { what: "make an eventfd", source: e.into() })?;
         let signals = Arc::new(Signals { bell: Arc::new(bell), config_changed: AtomicBool::new(false) });
@@ -202,6 +212,7 @@ impl Server {
                 without: options.without,
                 host_notifier: options.host_notifier,
             },
+            log: Arc::new(PeerLog::new()),
         })
     }
 
@@ -219,11 +230,13 @@ impl Server {
     pub fn run(&self, shutdown: BorrowedFd<'_>) -> Result<(), Error> {
         let mut active: Option<Active> = None;
         let mut deaf_until: Option<Instant> = None;
+        let mut leaving: Vec<OwnedFd> = Vec::new();
         loop {
-            let ready = self.wait(shutdown, active.as_ref(), deaf_until)?;
+            let ready = self.wait(shutdown, active.as_ref(), &mut leaving, deaf_until)?;
             if ready.shutdown {
                 break;
             }
+            self.log.settle();
             if deaf_until.is_some_and(|until| Instant::now() >= until) {
                 deaf_until = None;
             }
@@ -231,14 +244,17 @@ impl Server {
                 self.signals.bell.quiet();
             }
             let config_changed = self.signals.config_changed.swap(false, Ordering::AcqRel);
-            if let Some(session) = active.as_mut().map(|active| &mut active.session)
-                && config_changed
-            {
-                session.config_changed();
+            if let Some(active) = &mut active {
+                if config_changed {
+                    active.session.config_changed();
+                }
+                if ready.hung_up {
+                    active.hung_up.get_or_insert_with(Instant::now);
+                }
             }
             active = active.and_then(|active| {
                 let trust = active.session.trust().clone();
-                let active = self.step(active);
+                let active = self.step(active, &mut leaving);
                 if active.is_none() && trust.is_lost() {
                     deaf_until = Some(Instant::now() + HOSTILE_PAUSE);
                     let (socket, pause_s) = (self.listener.path().display(), HOSTILE_PAUSE.as_secs());
@@ -248,19 +264,19 @@ impl Server {
             });
             // While the front end that leaves is seen off, the next one waits.
             if ready.listener && deaf_until.is_none() && (active.is_none() || !ready.hung_up) {
-                match self.listener.accept() {
-                    Ok(Some(stream)) if active.is_some() => self.refuse(&stream),
-                    Ok(Some(stream)) => active = Some(self.begin(stream)),
-                    Ok(None) => {}
+                match self.accept(active.is_some()) {
+                    Ok(next) => active = active.or(next),
                     Err(error) => {
-                        tracing::warn!(%error, "cannot accept a front end");
+                        if self.log.admits(Kind::NotAccepted) {
+                            tracing::warn!(%error, "cannot accept a front end");
+                        }
                         deaf_until = Some(Instant::now() + ACCEPT_PAUSE);
                     }
                 }
             }
         }
         if let Some(active) = active {
-            self.end(active, None);
+            self.end(active, &mut leaving, None);
         }
         Ok(())
     }
@@ -270,28 +286,37 @@ impl Server {
         &self,
         shutdown: BorrowedFd<'_>,
         active: Option<&Active>,
+        leaving: &mut Vec<OwnedFd>,
         deaf_until: Option<Instant>,
     ) -> Result<Ready, Error> {
-        let listens = if deaf_until.is_some() { PollFlags::empty() } else { PollFlags::IN };
+        let hung_up_at = active.and_then(|active| active.hung_up);
+        let is_deaf = deaf_until.is_some() || hung_up_at.is_some() || leaving.len() >= LEAVING_MAX;
+        let listens = if is_deaf { PollFlags::empty() } else { PollFlags::IN };
         let mut fds = vec![
             PollFd::from_borrowed_fd(shutdown, PollFlags::IN),
             PollFd::new(&*self.signals.bell, PollFlags::IN),
             PollFd::new(&self.listener, listens),
         ];
-        let mut deadline = deaf_until;
-        if let Some(Active { connection, session, .. }) = active {
-            fds.push(PollFd::new(connection, PollFlags::IN));
+        // Heard of when they hang up.
+        fds.extend(leaving.iter().map(|link| PollFd::new(link, PollFlags::empty())));
+        let mut times =
+            vec![deaf_until, hung_up_at.map(|since| since + HANG_UP_PATIENCE), self.log.settles_at()];
+        let at_front_end = fds.len();
+        if let Some(Active { link, replies, session, .. }) = active {
+            // The link before the connection: when that has hung up, what came before may still be on its way.
+            fds.push(PollFd::new(link, PollFlags::IN));
+            if hung_up_at.is_none() {
+                fds.push(PollFd::new(replies, PollFlags::empty()));
+            }
             if let Some(channel) = session.channel_to_flush() {
                 fds.push(PollFd::new(channel, PollFlags::OUT));
             }
-            let mut times = vec![deadline, connection.deadline()];
             if let Some(transfer) = session.transfer() {
                 fds.push(PollFd::new(transfer, transfer.events()));
                 times.push(Some(transfer.deadline()));
             }
-            deadline = times.into_iter().flatten().min();
         }
-        let timeout = deadline.map(|deadline| {
+        let timeout = times.into_iter().flatten().min().map(|deadline| {
             let left = deadline.saturating_duration_since(Instant::now());
             Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() }
         });
@@ -301,52 +326,74 @@ impl Server {
                 return Err(Error::System { what: "wait for the front end", source: errno.into() });
             }
         }
-        let is_ready = |at: usize| !fds[at].revents().is_empty();
+        let revents: Vec<PollFlags> = fds.iter().map(PollFd::revents).collect();
+        let mut of_leaving = revents[3..].iter();
+        leaving.retain(|_| of_leaving.next().is_none_or(|revents| revents.is_empty()));
+        let is_ready = |at: usize| !revents[at].is_empty();
         // Looked at after the listener: of a front end that closes and connects again, both are seen.
-        let hung_up = fds.get(3).is_some_and(|connection| connection.revents().contains(PollFlags::HUP));
+        let hung_up = hung_up_at.is_some()
+            || active.is_some()
+                && revents.get(at_front_end + 1).is_some_and(|revents| revents.contains(PollFlags::HUP));
         Ok(Ready { shutdown: is_ready(0), bell: is_ready(1), listener: is_ready(2), hung_up })
     }
 
-    fn begin(&self, stream: UnixStream) -> Active {
+    /// Accepts a front end, if one waits: it gets the device unless that `is_taken`.
+    fn accept(&self, is_taken: bool) -> std::io::Result<Option<Active>> {
+        let Some(stream) = self.listener.accept()? else { return Ok(None) };
         let peer = peer_of(&stream);
-        tracing::info!(socket = %self.listener.path().display(), ?peer, "front end connected");
+        if is_taken {
+            self.turn_away(peer);
+            return Ok(None);
+        }
+        let link = intake::open(&stream)?;
         let Shared { queues, record, .. } = &*self.shared;
-        let bell = self.signals.bell.clone();
-        let mut session = Session::new(queues.clone(), self.session_options, bell, record.clone());
+        let mut session = Session::new(
+            queues.clone(),
+            self.session_options,
+            self.signals.bell.clone(),
+            self.log.clone(),
+            record.clone(),
+        );
         session.driver_pid = peer.and_then(|peer| u32::try_from(peer.pid).ok());
         let mut status = self.shared.status();
         status.connected = true;
         status.peer = peer;
         status.sessions += 1;
-        Active { connection: Connection::new(stream), session, peer }
+        let replies = Replies::new(stream);
+        Ok(Some(Active { link, replies, session, peer, has_spoken: false, hung_up: None }))
     }
 
-    fn refuse(&self, stream: &UnixStream) {
+    fn turn_away(&self, peer: Option<Peer>) {
         let mut status = self.shared.status();
         status.refused += 1;
-        let socket = self.listener.path().display();
-        tracing::warn!(%socket, peer = ?peer_of(stream), holder = ?status.peer, "front end refused: the device is taken");
+        if self.log.admits(Kind::TurnedAway) {
+            let (socket, holder) = (self.listener.path().display(), status.peer);
+            tracing::warn!(%socket, ?peer, ?holder, "front end refused: the device is taken");
+        }
     }
 
     /// Does what there is to do for the front end; None if that was the end of it.
-    fn step(&self, mut active: Active) -> Option<Active> {
-        let error = match active.step(|session| self.publish(session)) {
+    fn step(&self, mut active: Active, leaving: &mut Vec<OwnedFd>) -> Option<Active> {
+        let error = match active.step(|active| self.publish(active)) {
             Ok(Step::GoOn) => return Some(active),
             Ok(Step::End) => None,
             Err(error) => Some(error.to_string()),
         };
-        self.end(active, error);
+        self.end(active, leaving, error);
         None
     }
 
-    fn end(&self, active: Active, error: Option<String>) {
+    fn end(&self, active: Active, leaving: &mut Vec<OwnedFd>, error: Option<String>) {
+        let Active { link, replies, session, peer, has_spoken, .. } = active;
         let socket = self.listener.path().display();
         match &error {
-            Some(error) => tracing::warn!(%socket, peer = ?active.peer, %error, "front end disconnected"),
-            None => tracing::info!(%socket, peer = ?active.peer, "front end gone"),
+            // Somebody who looks whether the socket is served.
+            None if !has_spoken => tracing::debug!(%socket, ?peer, "a connection without a request"),
+            _ if !self.log.admits(Kind::Went) => {}
+            Some(error) => tracing::warn!(%socket, ?peer, %error, "front end disconnected"),
+            None => tracing::info!(%socket, ?peer, "front end gone"),
         }
         // The queues first: whoever sees the connection closed finds the device free.
-        let Active { connection, session, .. } = active;
         drop(session);
         let mut status = self.shared.status();
         status.connected = false;
@@ -357,10 +404,17 @@ impl Server {
             status.last_error = error;
         }
         drop(status);
-        drop(connection);
+        // This end before that of the thread: what the front end has sent and nobody took goes with the last.
+        drop(replies);
+        leaving.push(link.leave());
     }
 
-    fn publish(&self, session: &Session) {
+    /// Notes a message. The first one is what makes a connection worth a line.
+    fn publish(&self, active: &mut Active) {
+        if !std::mem::replace(&mut active.has_spoken, true) && self.log.admits(Kind::Came) {
+            tracing::info!(socket = %self.listener.path().display(), peer = ?active.peer, "front end connected");
+        }
+        let session = &active.session;
         let mut status = self.shared.status();
         status.messages += 1;
         status.features = session.features();
@@ -388,9 +442,14 @@ struct Ready {
 
 /// A front end and what it has set up.
 struct Active {
-    connection: Connection,
+    link: Link,
+    replies: Replies,
     session: Session,
     peer: Option<Peer>,
+    /// It has sent a message.
+    has_spoken: bool,
+    /// Since when its end of the connection is closed.
+    hung_up: Option<Instant>,
 }
 
 enum Step {
@@ -408,17 +467,20 @@ enum StepError {
 
 impl Active {
     /// Takes in what has come, and answers after `publish`: whoever has the answer finds the status as it says.
-    fn step(&mut self, publish: impl FnOnce(&Session)) -> Result<Step, StepError> {
+    fn step(&mut self, publish: impl FnOnce(&mut Self)) -> Result<Step, StepError> {
         self.session.advance_transfer();
-        match self.connection.receive()? {
+        match self.link.receive()? {
             Received::End => return Ok(Step::End),
+            Received::Nothing if self.hung_up.is_some_and(|since| since.elapsed() >= HANG_UP_PATIENCE) => {
+                return Err(WireError::Stuck.into());
+            }
             Received::Nothing => {}
             Received::Message(message) => {
                 let request = message.request;
                 let reply = self.session.handle(message)?;
-                publish(&self.session);
+                publish(self);
                 if let Some(Reply { body, fd }) = reply {
-                    self.connection.reply(request, &body, fd.as_ref().map(AsFd::as_fd))?;
+                    self.replies.reply(request, &body, fd.as_ref().map(AsFd::as_fd))?;
                 }
             }
         }

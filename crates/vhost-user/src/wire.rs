@@ -6,6 +6,7 @@
 
 use std::io::{IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
+use std::net::Shutdown;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
@@ -62,30 +63,41 @@ pub enum WireError {
     /// The system refused.
     #[error("the connection failed: {0}")]
     System(#[from] Errno),
+    /// One of these, as the thread that takes messages in has told.
+    #[error("{0}")]
+    Told(String),
+    /// That thread has ended without a word.
+    #[error("the thread that takes messages in has ended")]
+    Lost,
+    /// That thread waits in one of the peer's descriptors, and the peer has gone.
+    #[error(
+        "the front end has gone, and one of its descriptors does not let go of the thread that closes it"
+    )]
+    Stuck,
 }
 
-/// A request as it came in.
+/// A request as it came in; `F` is what became of each of its descriptors.
 #[derive(Debug)]
-pub(crate) struct Message {
+pub(crate) struct Message<F = OwnedFd> {
     /// The request code.
     pub(crate) request: u32,
     /// The sender waits for an acknowledgement.
     pub(crate) need_reply: bool,
     pub(crate) body: Vec<u8>,
-    pub(crate) fds: Vec<OwnedFd>,
+    pub(crate) fds: Vec<F>,
 }
 
 /// What there was to receive.
 #[derive(Debug)]
-pub(crate) enum Received {
-    Message(Message),
+pub(crate) enum Received<F = OwnedFd> {
+    Message(Message<F>),
     /// Not yet a whole message.
     Nothing,
     /// The peer has closed the connection, between two messages.
     End,
 }
 
-/// One end of a connection.
+/// The receiving half of a connection.
 pub(crate) struct Connection {
     socket: UnixStream,
     bytes: Box<[u8; HEADER_BYTES + BODY_BYTES_MAX]>,
@@ -141,31 +153,6 @@ impl Connection {
         self.deadline
     }
 
-    /// Sends a reply to `request`. Waits for room, but not for ever.
-    pub(crate) fn reply(
-        &self,
-        request: u32,
-        body: &[u8],
-        fd: Option<BorrowedFd<'_>>,
-    ) -> Result<(), WireError> {
-        let deadline = Instant::now() + self.patience;
-        let message = encode(request, VERSION | REPLY, body);
-        let (mut sent, mut fd) = (0, fd);
-        while sent < message.len() {
-            match send(self.socket.as_fd(), &message[sent..], fd) {
-                Ok(bytes) => {
-                    sent += bytes;
-                    // The descriptor went with the first byte.
-                    fd = None;
-                }
-                Err(Errno::AGAIN) => self.wait_for_room(deadline)?,
-                Err(Errno::INTR) => {}
-                Err(error) => return Err(error.into()),
-            }
-        }
-        Ok(())
-    }
-
     fn header(&self) -> Result<Option<Header>, WireError> {
         let Some((header, _)) = self.bytes[..self.have].split_first_chunk::<HEADER_BYTES>() else {
             return Ok(None);
@@ -213,6 +200,49 @@ impl Connection {
         let need_reply = header.flags & NEED_REPLY != 0;
         Message { request: header.request, need_reply, body, fds: std::mem::take(&mut self.fds) }
     }
+}
+
+impl AsFd for Connection {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
+/// The sending half of a connection.
+pub(crate) struct Replies {
+    socket: UnixStream,
+    patience: Duration,
+}
+
+impl Replies {
+    pub(crate) fn new(socket: UnixStream) -> Self {
+        Self { socket, patience: MESSAGE_DEADLINE }
+    }
+
+    /// Sends a reply to `request`. Waits for room, but not for ever.
+    pub(crate) fn reply(
+        &self,
+        request: u32,
+        body: &[u8],
+        fd: Option<BorrowedFd<'_>>,
+    ) -> Result<(), WireError> {
+        let deadline = Instant::now() + self.patience;
+        let message = encode(request, VERSION | REPLY, body);
+        let (mut sent, mut fd) = (0, fd);
+        while sent < message.len() {
+            match send(self.socket.as_fd(), &message[sent..], fd) {
+                Ok(bytes) => {
+                    sent += bytes;
+                    // The descriptor went with the first byte.
+                    fd = None;
+                }
+                Err(Errno::AGAIN) => self.wait_for_room(deadline)?,
+                Err(Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(())
+    }
 
     fn wait_for_room(&self, deadline: Instant) -> Result<(), WireError> {
         let left = deadline.saturating_duration_since(Instant::now());
@@ -225,9 +255,16 @@ impl Connection {
     }
 }
 
-impl AsFd for Connection {
+impl AsFd for Replies {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
+    }
+}
+
+impl Drop for Replies {
+    /// The peer is to see the end now, whoever else still has the socket.
+    fn drop(&mut self) {
+        let _ = self.socket.shutdown(Shutdown::Both);
     }
 }
 
@@ -324,9 +361,9 @@ mod tests {
 
     #[test]
     fn a_peer_that_does_not_read_is_not_waited_for() {
-        let (peer, mut connection) = pair();
-        connection.patience = Duration::ZERO;
-        let error = (0..100_000).find_map(|_| connection.reply(1, &[0; 4096], None).err());
+        let (ours, peer) = UnixStream::pair().unwrap();
+        let replies = Replies { socket: ours, patience: Duration::ZERO };
+        let error = (0..100_000).find_map(|_| replies.reply(1, &[0; 4096], None).err());
         assert!(matches!(error, Some(WireError::NotRead)), "{error:?}");
         drop(peer);
     }
@@ -366,9 +403,10 @@ mod tests {
 
     #[test]
     fn a_reply_carries_its_descriptor() {
-        let (peer, connection) = pair();
+        let (ours, peer) = UnixStream::pair().unwrap();
+        let replies = Replies::new(ours);
         let file = rustix::event::eventfd(0, rustix::event::EventfdFlags::CLOEXEC).unwrap();
-        connection.reply(5, b"answer", Some(file.as_fd())).unwrap();
+        replies.reply(5, b"answer", Some(file.as_fd())).unwrap();
         // The reply flag is what the receiver of requests refuses, so the other end is read by hand.
         let mut other = Connection::new(peer);
         assert_eq!(other.read_until(HEADER_BYTES + 6).unwrap(), HEADER_BYTES + 6);

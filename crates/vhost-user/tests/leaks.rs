@@ -11,6 +11,8 @@ mod device;
 mod guest;
 #[path = "it/host.rs"]
 mod host;
+#[path = "it/process.rs"]
+mod process;
 #[path = "it/raw.rs"]
 mod raw;
 
@@ -28,21 +30,6 @@ use raw::{Raw, longs};
 
 const CYCLES: usize = 10_000;
 
-fn descriptors() -> usize {
-    std::fs::read_dir("/proc/self/fd").unwrap().count()
-}
-
-/// Mappings of shared files.
-fn mappings() -> usize {
-    std::fs::read_to_string("/proc/self/maps").unwrap().lines().filter(|line| line.contains("memfd:")).count()
-}
-
-fn resident_kib() -> usize {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap();
-    let line = status.lines().find(|line| line.starts_with("VmRSS:")).unwrap();
-    line.split_whitespace().nth(1).unwrap().parse().unwrap()
-}
-
 fn idle(host: &Host) {
     eventually("the session ends", || host.handle.status().peer.is_none());
 }
@@ -53,6 +40,7 @@ fn settle(host: &Host) {
     raw.0.shutdown(std::net::Shutdown::Write).unwrap();
     raw.wait_for_end();
     idle(host);
+    eventually("the thread of the last connection ends", || process::intakes() == 1);
 }
 
 #[test]
@@ -107,7 +95,7 @@ fn nothing_is_left_of_a_front_end() {
     abandon_state();
     (0..100).for_each(&quick);
     settle(&host);
-    let (fds, maps, memory) = (descriptors(), mappings(), resident_kib());
+    let before = process::Counts::now();
 
     for i in 0..CYCLES {
         quick(i);
@@ -119,9 +107,10 @@ fn nothing_is_left_of_a_front_end() {
     settle(&host);
     let status = host.handle.status();
     assert_eq!((status.refused, status.sessions as usize), (0, 2 + 1 + 100 + 1 + CYCLES + 20 * 3 + 1));
-    assert_eq!(descriptors(), fds);
-    assert_eq!(mappings(), maps);
+    eventually("all descriptors are closed", || process::Counts::now().descriptors <= before.descriptors);
+    let now = process::Counts::now();
+    assert_eq!(now.mappings, before.mappings);
     // Memory is not exact: what is freed may stay with the allocator. A leak of 1 KiB a cycle would show.
-    let grown = resident_kib().saturating_sub(memory);
+    let grown = now.resident_kib.saturating_sub(before.resident_kib);
     assert!(grown < CYCLES, "{grown} KiB more after {CYCLES} front ends");
 }

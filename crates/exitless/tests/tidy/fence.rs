@@ -23,6 +23,7 @@ const ALLOWED: &[&str] = &[
     "crates/guest/src/machine/service.rs",
     "crates/guest/src/machine/smp.rs",
     "crates/guest/src/machine/sync.rs",
+    "crates/reactor/src/apart.rs",
     "crates/reactor/src/raw_fd.rs",
     "crates/reactor/src/tsc.rs",
     "crates/reactor/src/watchdog/signal.rs",

@@ -5,7 +5,6 @@ use virtio::{InflightError, StartError};
 
 use crate::lease::LeaseError;
 use crate::memory_table::MemoryTableError;
-use crate::peer_fd::PeerFdError;
 use crate::request::RequestError;
 use crate::vring::PlaceError;
 
@@ -39,12 +38,6 @@ pub enum SessionError {
     /// The memory table was refused.
     #[error(transparent)]
     Memory(#[from] MemoryTableError),
-    /// A descriptor was refused.
-    #[error("ring {index}, {what} descriptor: {source}")]
-    Descriptor { index: u16, what: &'static str, source: PeerFdError },
-    /// The descriptor of the back end's channel was refused.
-    #[error("back-end channel: {0}")]
-    Channel(PeerFdError),
     /// The dirty log was refused.
     #[error("dirty log: {0}")]
     Log(String),

@@ -8,6 +8,7 @@ use crate::device_state::{Progress, Transfer};
 use crate::inflight::{self, RecordId, Records};
 use crate::lease::{self, RecordLease};
 use crate::log::{self, LogError};
+use crate::peer_log::Kind;
 use crate::request::{Direction, InflightInfo};
 
 /// "No descriptor comes along": bit 8, as in SET_VRING_KICK.
@@ -17,7 +18,7 @@ impl Session {
     pub(super) fn set_log_base(&mut self, len: u64, offset: u64, fd: &OwnedFd) -> Applied<Reply> {
         let log = log::map(&self.mappings, fd, offset, len)
             .map_err(|e: LogError| SessionError::Log(e.to_string()))?;
-        if !log.covers(self.memory.memory()) {
+        if !log.covers(self.memory.memory()) && self.log_limits.admits(Kind::Noted) {
             tracing::warn!(bytes = len, "the dirty log is shorter than guest memory");
         }
         self.reconfigure(|session| session.log = Some(log))?;
@@ -62,26 +63,26 @@ impl Session {
         Ok(())
     }
 
-    pub(super) fn set_device_state_fd(&mut self, direction: Direction, fd: OwnedFd) -> Reply {
+    pub(super) fn set_device_state_fd(&mut self, direction: Direction, fd: Result<OwnedFd, String>) -> Reply {
         const FAILED: u64 = 1;
         self.transferred = None;
         self.transfer = None;
         if self.is_running() {
-            tracing::warn!("the device state can be transferred only while all rings are stopped");
+            self.not_transferred(&"all rings must be stopped");
             return Reply::u64(NO_FD | FAILED);
         }
         let state = match direction {
             Direction::Save => self.device.save(),
             Direction::Load => Vec::new(),
         };
-        match Transfer::new(direction, fd, state, self.trust.clone()) {
-            Ok(transfer) => {
-                self.transfer = Some(transfer);
+        match fd {
+            Ok(fd) => {
+                self.transfer = Some(Transfer::new(direction, fd, state));
                 self.advance_transfer();
                 Reply::u64(NO_FD)
             }
             Err(error) => {
-                tracing::warn!(%error, "device state not transferred");
+                self.not_transferred(&error);
                 Reply::u64(NO_FD | FAILED)
             }
         }
@@ -107,10 +108,16 @@ impl Session {
             Err(error) => Err(error.to_string()),
         };
         if let Err(error) = &result {
-            tracing::warn!(%error, "device state not transferred");
+            self.not_transferred(error);
         }
         self.transferred = Some(result.is_ok());
         // Closing our end is what tells the front end that this was all.
         self.transfer = None;
+    }
+
+    fn not_transferred(&self, error: &dyn std::fmt::Display) {
+        if self.log_limits.admits(Kind::Noted) {
+            tracing::warn!(%error, "device state not transferred");
+        }
     }
 }

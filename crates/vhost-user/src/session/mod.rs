@@ -32,8 +32,10 @@ use crate::backend_channel::Channel;
 use crate::bell::Bell;
 use crate::device_state::Transfer;
 use crate::inflight::{RecordId, Records};
+use crate::intake::PeerFd;
 use crate::lease::RecordLease;
 use crate::memory_table::MemoryTable;
+use crate::peer_log::{Kind, PeerLog};
 use crate::request::Request;
 use crate::vring::{Position, Vring};
 use crate::wire::Message;
@@ -94,6 +96,7 @@ pub(crate) struct Session {
     bell: Arc<Bell>,
     /// The front end's process, if known.
     pub(crate) driver_pid: Option<u32>,
+    log_limits: Arc<PeerLog>,
     /// In the descriptors that the front end sends to be written to.
     trust: Trust,
     features: u64,
@@ -129,6 +132,7 @@ impl Session {
         queues: Arc<Mutex<QueueSet>>,
         options: SessionOptions,
         bell: Arc<Bell>,
+        log_limits: Arc<PeerLog>,
         record: Arc<Mutex<Option<RecordId>>>,
     ) -> Self {
         let (device, mappings) = {
@@ -142,6 +146,7 @@ impl Session {
             queues,
             options,
             bell,
+            log_limits,
             trust: Trust::default(),
             features: 0,
             protocol: Protocol::empty(),
@@ -166,7 +171,7 @@ impl Session {
     ///
     /// # Errors
     /// The message was refused and the front end does not wait to be told: its connection must end.
-    pub(crate) fn handle(&mut self, message: Message) -> Applied<Option<Reply>> {
+    pub(crate) fn handle(&mut self, message: Message<PeerFd>) -> Applied<Option<Reply>> {
         let (code, need_reply) = (message.request, message.need_reply);
         let result = Request::parse(message).map_err(SessionError::from).and_then(|request| {
             tracing::trace!(?request, "front end");
@@ -177,7 +182,9 @@ impl Session {
         match result {
             Ok(None) if acknowledge => Ok(Some(Reply::u64(0))),
             Err(error) if acknowledge && !error.is_fatal() && !has_own_reply(code) => {
-                tracing::warn!(%error, "request refused");
+                if self.log_limits.admits(Kind::Refused) {
+                    tracing::warn!(%error, "request refused");
+                }
                 Ok(Some(Reply::u64(1)))
             }
             result => result,
@@ -231,7 +238,7 @@ impl Session {
             Request::SetVringErr { index, fd } => self.set_vring_err(index, fd)?,
             Request::SetVringEnable { index, enable } => self.set_vring_enable(index, enable)?,
             Request::VringKick { index } => self.vring_kick(index)?,
-            Request::SetBackendReqFd(fd) => self.set_backend_req_fd(fd)?,
+            Request::SetBackendReqFd { fd, takes_fds } => self.set_backend_req_fd(fd, takes_fds)?,
             Request::SetConfig { offset, data, migration } => self.set_config(offset, &data, migration)?,
             Request::SetInflightFd { info, fd } => self.set_inflight(info, &fd)?,
             Request::SetStatus(status) => self.set_status(status),
@@ -329,7 +336,7 @@ impl Session {
     fn check_negotiated(&self, request: &Request) -> Applied {
         let (request, feature) = match request {
             Request::SetLogBase { .. } => ("SET_LOG_BASE", Protocol::LOG_SHMFD),
-            Request::SetBackendReqFd(_) => ("SET_BACKEND_REQ_FD", Protocol::BACKEND_REQ),
+            Request::SetBackendReqFd { .. } => ("SET_BACKEND_REQ_FD", Protocol::BACKEND_REQ),
             Request::GetConfig { .. } => ("GET_CONFIG", Protocol::CONFIG),
             Request::SetConfig { .. } => ("SET_CONFIG", Protocol::CONFIG),
             Request::GetInflightFd { .. } => ("GET_INFLIGHT_FD", Protocol::INFLIGHT_SHMFD),
@@ -414,10 +421,9 @@ impl Session {
         self.needs_reset.store(false, Ordering::Release);
     }
 
-    fn set_backend_req_fd(&mut self, fd: OwnedFd) -> Applied {
+    fn set_backend_req_fd(&mut self, fd: OwnedFd, takes_fds: bool) -> Applied {
         let rings = self.vrings.len() as u16;
-        let channel =
-            Channel::new(fd, rings, self.bell.clone(), self.trust.clone()).map_err(SessionError::Channel)?;
+        let channel = Channel::new(fd, takes_fds, rings, self.bell.clone());
         self.reconfigure(|session| session.channel = Some(Arc::new(channel)))
     }
 }

@@ -13,7 +13,7 @@ use super::error::NotStarted;
 use super::{Applied, F_LOG_ALL, Reply, Session, SessionError, lock};
 use crate::backend_channel::{InBandCall, NOTIFIER_BYTES};
 use crate::log;
-use crate::peer_fd;
+use crate::peer_log::Kind;
 use crate::request::RingAddresses;
 use crate::vring::{CallTo, PlaceError, Position, Vring, signal};
 
@@ -59,11 +59,7 @@ impl Session {
     }
 
     pub(super) fn set_vring_kick(&mut self, index: u16, fd: Option<OwnedFd>) -> Applied {
-        let refused = |source| SessionError::Descriptor { index, what: "kick", source };
-        let kick = match fd {
-            Some(fd) => Kick::Fd(peer_fd::to_wait_on(fd).map_err(refused)?),
-            None => Kick::Never,
-        };
+        let kick = fd.map_or(Kick::Never, Kick::Fd);
         self.change(index, |vring| vring.kick = Some(kick))
     }
 
@@ -79,22 +75,23 @@ impl Session {
     pub(super) fn set_vring_call(&mut self, index: u16, fd: Option<OwnedFd>) -> Applied {
         self.check_ring(index)?;
         let call = match fd {
-            Some(fd) => CallTo::Fd(self.writable(index, "call", fd)?),
+            Some(fd) => CallTo::Fd(self.writable("call descriptor", fd)?),
             None => CallTo::Nobody,
         };
-        if let CallTo::Fd(call) = &call {
-            // An interrupt may have been missed while the front end was away.
-            call.call();
-        }
         self.vrings[usize::from(index)].call = call;
         let call = self.call_of(index);
         self.queues().set_call(index, call);
+        // An interrupt may have been missed: while the front end was away, or just now by the one that is replaced. Only
+        // after the switch no more can be.
+        if let CallTo::Fd(call) = &self.vrings[usize::from(index)].call {
+            call.call();
+        }
         Ok(())
     }
 
     pub(super) fn set_vring_err(&mut self, index: u16, fd: Option<OwnedFd>) -> Applied {
         self.check_ring(index)?;
-        let call = fd.map(|fd| self.writable(index, "error", fd)).transpose()?;
+        let call = fd.map(|fd| self.writable("error descriptor", fd)).transpose()?;
         *self.vrings[usize::from(index)].error.lock().unwrap_or_else(PoisonError::into_inner) = call;
         Ok(())
     }
@@ -127,7 +124,9 @@ impl Session {
         for index in self.indices() {
             match self.start(index) {
                 Err(NotStarted::Place(error @ PlaceError::NotMapped(_))) => {
-                    tracing::info!(ring = index, %error, "ring stopped until it is in memory again");
+                    if self.log_limits.admits(Kind::Noted) {
+                        tracing::info!(ring = index, %error, "ring stopped until it is in memory again");
+                    }
                 }
                 // The others would wait for the same.
                 Err(error @ NotStarted::Queue(StartError::NotReady { .. })) => return Err(error.of(index)),
@@ -240,7 +239,10 @@ impl Session {
         if self.notifier.is_none() {
             match Mapping::anonymous("vhost-user-notifier", NOTIFIER_BYTES) {
                 Ok((_, file)) => self.notifier = Some(file.into()),
-                Err(error) => tracing::warn!(%error, "no host notifier"),
+                Err(error) if self.log_limits.admits(Kind::Noted) => {
+                    tracing::warn!(%error, "no host notifier");
+                }
+                Err(_) => {}
             }
         }
         if let Some(page) = &self.notifier {
@@ -248,10 +250,8 @@ impl Session {
         }
     }
 
-    /// A descriptor that announces something by being written to.
-    fn writable(&self, index: u16, what: &'static str, fd: OwnedFd) -> Applied<Arc<dyn Call>> {
-        let refused = |source| SessionError::Descriptor { index, what, source };
-        let fd = peer_fd::to_signal(fd).map_err(refused)?;
+    /// An eventfd that announces something by being written to.
+    fn writable(&self, what: &'static str, fd: OwnedFd) -> Applied<Arc<dyn Call>> {
         let call = EventFdCall::new(fd, self.trust.clone())
             .map_err(|source| SessionError::System { what, source })?;
         Ok(Arc::new(call))

@@ -3,7 +3,6 @@
 use std::io::{ErrorKind, Read};
 use std::num::NonZeroUsize;
 use std::os::fd::{AsFd, FromRawFd, IntoRawFd, OwnedFd};
-use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -22,7 +21,7 @@ use crate::negotiation::new_eventfd;
 use crate::raw::{Raw, message};
 
 /// Two devices of different owners, whose queues one I/O thread serves.
-fn neighbours() -> (Arc<Pool>, Host, Host) {
+pub(crate) fn neighbours() -> (Arc<Pool>, Host, Host) {
     let wish = Wish { threads: NonZeroUsize::new(1), ..Wish::default() };
     let pool = Arc::new(Pool::start(reactor::Options { wish, ..reactor::Options::default() }).unwrap());
     let host = |label| Host::on(pool.clone(), label, Echo::new(2), |_| {}, Mode::Hybrid);
@@ -39,12 +38,17 @@ fn block(fd: impl AsFd) {
     fcntl_setfl(&fd, OFlags::empty()).unwrap();
 }
 
-/// Has the device call on `fd`, which is blocked by then.
-#[allow(unsafe_code, reason = "the front end takes eventfds only, and this test sends others too")]
-fn call_on(vm: &mut Vm, fd: OwnedFd) -> OwnedFd {
+/// Has the device call on a descriptor of any kind.
+#[allow(unsafe_code, reason = "the front end takes eventfds only, and tests send others too")]
+pub(crate) fn set_call(vm: &mut Vm, fd: OwnedFd) {
     // SAFETY: whatever kind of descriptor it is, it is open and ours to give; it is only closed and sent on.
-    let call = unsafe { EventFd::from_raw_fd(fd.try_clone().unwrap().into_raw_fd()) };
+    let call = unsafe { EventFd::from_raw_fd(fd.into_raw_fd()) };
     vm.frontend.set_vring_call(0, &call).unwrap();
+}
+
+/// Has the device call on `fd`, which is blocked by then.
+fn call_on(vm: &mut Vm, fd: OwnedFd) -> OwnedFd {
+    set_call(vm, fd.try_clone().unwrap());
     block(&fd);
     vm.offer(0, b"and call me");
     fd
@@ -57,29 +61,25 @@ fn is_seen_off(host: &Host) -> bool {
 
 #[test]
 fn a_call_that_blocks_costs_its_front_end_the_device_and_nobody_else_anything() {
-    let socket = || UnixStream::pair().unwrap();
-    let (writer, _reader) = socket();
-    for fd in [new_eventfd(), writer.into()] {
-        let (pool, mut good, mut bad) = neighbours();
-        let mut neighbour = Vm::new(&good, RingFormat::Split, 1);
-        let mut hostile = Vm::new(&bad, RingFormat::Split, 2);
-        let _fd = call_on(&mut hostile, fd);
-        for _ in 0..100 {
-            neighbour.echo(0, b"still there");
-        }
-        assert_eq!(pool.report().len(), 1, "they do share a thread");
-        eventually("the hostile front end is seen off", || is_seen_off(&bad));
-        neighbour.echo(0, b"and ever after");
-
-        // It may not try again at once.
-        let mut raw = Raw::connect(&bad.path);
-        raw.send_bytes(&message(FrontendReq::GET_FEATURES.into(), 1, &[]), &[]);
-        raw.0.set_read_timeout(Some(Duration::from_millis(50))).unwrap();
-        assert_eq!(raw.0.read(&mut [0]).unwrap_err().kind(), ErrorKind::WouldBlock);
-        assert_eq!(bad.handle.status().sessions, 1);
-        bad.stop();
-        good.stop();
+    let (pool, mut good, mut bad) = neighbours();
+    let mut neighbour = Vm::new(&good, RingFormat::Split, 1);
+    let mut hostile = Vm::new(&bad, RingFormat::Split, 2);
+    let _fd = call_on(&mut hostile, new_eventfd());
+    for _ in 0..100 {
+        neighbour.echo(0, b"still there");
     }
+    assert_eq!(pool.report().len(), 1, "they do share a thread");
+    eventually("the hostile front end is seen off", || is_seen_off(&bad));
+    neighbour.echo(0, b"and ever after");
+
+    // It may not try again at once.
+    let mut raw = Raw::connect(&bad.path);
+    raw.send_bytes(&message(FrontendReq::GET_FEATURES.into(), 1, &[]), &[]);
+    raw.0.set_read_timeout(Some(Duration::from_millis(50))).unwrap();
+    assert_eq!(raw.0.read(&mut [0]).unwrap_err().kind(), ErrorKind::WouldBlock);
+    assert_eq!(bad.handle.status().sessions, 1);
+    bad.stop();
+    good.stop();
 }
 
 /// User-Mode Linux listens on pipes.

@@ -65,6 +65,16 @@ impl Guest {
         GuestAddr(at)
     }
 
+    /// What is allocated from here on can be given back.
+    pub(crate) fn mark(&self) -> u64 {
+        self.next
+    }
+
+    /// Gives back all that was allocated since.
+    pub(crate) fn rewind(&mut self, mark: u64) {
+        self.next = mark;
+    }
+
     pub(crate) fn write(&self, addr: GuestAddr, data: &[u8]) {
         let mut done = 0;
         let mut translator = Translator::new(self.memory.clone());

@@ -77,6 +77,8 @@ impl Drop for Host {
         if self.thread.is_some() && !std::thread::panicking() {
             self.stop();
         }
+        // A test that has failed leaves nothing behind either.
+        let _ = std::fs::remove_file(&self.path);
     }
 }
 

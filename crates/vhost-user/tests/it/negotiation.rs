@@ -62,6 +62,11 @@ fn acknowledgements_come_when_they_were_negotiated_and_asked_for() {
     assert_eq!(raw.reply_u64(), Some(1));
     raw.send(FrontendReq::NET_SET_MTU, NEED_REPLY, &longs(&[1500]), &[]);
     assert_eq!(raw.reply_u64(), Some(1));
+    // Of rings that are too large, too.
+    raw.send(FrontendReq::SET_VRING_NUM, NEED_REPLY, &words(&[0, 2048]), &[]);
+    assert_eq!(raw.reply_u64(), Some(1));
+    raw.send(FrontendReq::SET_VRING_NUM, NEED_REPLY, &words(&[0, 1024]), &[]);
+    assert_eq!(raw.reply_u64(), Some(0));
     // Without being asked for it ends the connection instead.
     raw.vring(FrontendReq::SET_VRING_NUM, 7, 64);
     raw.wait_for_end();

@@ -141,6 +141,14 @@ impl Mapping {
         Ok(mapping)
     }
 
+    /// Whether a file may be mapped at all, whatever its size. Asks nobody who may not answer.
+    ///
+    /// # Errors
+    /// See [`MappingError`].
+    pub fn check(file: impl AsFd) -> Result<(), MappingError> {
+        origin::examine(file.as_fd()).map(drop)
+    }
+
     /// Maps `len` bytes of new anonymous shared memory (a memfd), and returns the file too.
     ///
     /// # Errors

@@ -1,0 +1,116 @@
+//! Threads with a table of descriptors of their own.
+//!
+//! Closing a descriptor can wait for ever: for the program that serves its file system (FUSE), or for a pipe's other
+//! end. While a thread waits in such a call nothing else in its table of descriptors goes away, not even when the
+//! process is killed: locks and sockets stay. So descriptors that somebody hostile chose belong into a table in which
+//! there is nothing else. Threads of one process usually share one table; here a thread leaves it.
+//!
+//! Unsafe is needed for three calls that `rustix` has no safe form of, because a number that means one file in one
+//! thread means another file, or none, in such a thread. Here every number is owned by exactly one table: see below.
+#![allow(unsafe_code)]
+
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
+use std::sync::mpsc;
+use std::thread;
+
+use rustix::event::epoll;
+
+/// Runs `run` on a new thread whose table of descriptors has `fds` and no others. Neither the calling thread's table
+/// nor anything but `fds` is seen there, so `run` captures nothing. Returns when the descriptors have changed hands.
+///
+/// Where the system does not allow a table of its own (a filter of system calls, say) the thread shares the caller's.
+/// Best called on a thread that has few descriptors: for a moment they are in both tables.
+///
+/// # Errors
+/// The system refuses another thread; the descriptors are closed.
+pub fn spawn_apart(name: &str, fds: Vec<OwnedFd>, run: fn(Vec<OwnedFd>)) -> io::Result<()> {
+    let numbers: Vec<RawFd> = fds.iter().map(AsRawFd::as_raw_fd).collect();
+    let (tell, told) = mpsc::sync_channel(1);
+    thread::Builder::new().name(name.to_owned()).spawn(move || {
+        let apart = leave_table(&numbers);
+        let _ = tell.send(apart);
+        // SAFETY: open in this thread's table: it is a copy in which they were kept, and the caller goes on owning
+        // the numbers in its own; or the table is the caller's, who then gives up the numbers.
+        let fds = numbers.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }).collect();
+        run(fds);
+    })?;
+    if !told.recv().unwrap_or(false) {
+        // The thread owns them, in the table that is shared.
+        fds.into_iter().map(IntoRawFd::into_raw_fd).for_each(|_| ());
+    }
+    Ok(())
+}
+
+/// Makes a table of descriptors for the calling thread, with `keep` and nothing behind 0, 1 and 2; false if the system
+/// does not allow that, and then nothing has changed.
+fn leave_table(keep: &[RawFd]) -> bool {
+    let mut keep = keep.to_vec();
+    keep.sort_unstable();
+    let above = |fd: RawFd| fd + 1;
+    // What is above the last is not even copied.
+    if !close_range(keep.last().map_or(0, |&fd| above(fd)), RawFd::MAX, libc::CLOSE_RANGE_UNSHARE) {
+        return false;
+    }
+    let mut from = 0;
+    for fd in keep {
+        if from < fd {
+            close_range(from, fd - 1, 0);
+        }
+        from = above(fd);
+    }
+    occupy_standard();
+    true
+}
+
+/// Puts a file that takes and gives nothing where the standard streams were: a message to one of them must not get into
+/// a file that comes to have its number, and whoever reads what this process wrote must not wait for this thread.
+fn occupy_standard() {
+    while let Ok(file) = epoll::create(epoll::CreateFlags::CLOEXEC) {
+        if file.as_raw_fd() > libc::STDERR_FILENO {
+            break;
+        }
+        let _ = file.into_raw_fd();
+    }
+}
+
+fn close_range(first: RawFd, last: RawFd, flags: libc::c_uint) -> bool {
+    // SAFETY: passes three numbers. With UNSHARE, or after it, only numbers of this thread's own table are closed, and
+    // nobody owns one of those: `spawn_apart` has not yet made anything of them.
+    unsafe { libc::syscall(libc::SYS_close_range, first, last, flags) == 0 }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+
+    /// What the thread sees in its table, by number, on the socket it was given.
+    fn list(fds: Vec<OwnedFd>) {
+        let mut stream = UnixStream::from(fds.into_iter().next().unwrap());
+        let own = stream.as_raw_fd();
+        let mut found: Vec<RawFd> = std::fs::read_dir("/proc/thread-self/fd")
+            .unwrap()
+            .filter_map(|entry| entry.unwrap().file_name().to_str().unwrap().parse().ok())
+            .filter(|&fd| fd > 2 && fd != own)
+            .collect();
+        found.sort_unstable();
+        writeln!(stream, "{found:?}").unwrap();
+    }
+
+    #[test]
+    fn a_thread_has_what_it_was_given_and_nothing_else() {
+        let (mut ours, theirs) = UnixStream::pair().unwrap();
+        let file = std::fs::File::open("/dev/null").unwrap();
+        spawn_apart("apart", vec![theirs.into()], list).unwrap();
+        let mut found = String::new();
+        // It ends: the caller's copy of the other end was closed.
+        ours.read_to_string(&mut found).unwrap();
+        // The list itself was being read.
+        assert_eq!(found.matches(',').count(), 0, "{found}");
+        assert!(found.starts_with('['), "{found}");
+        drop(file);
+    }
+}
