@@ -1,4 +1,4 @@
-//! Who is writing which blocks: keeps a part of a block from being written while the rest of it changes.
+//! Claims on blocks: keep a part of a block from being written while the rest of it changes.
 //!
 //! Where storage takes only whole blocks, a write of a part of one reads the block, changes the part and writes it back.
 //! A write of any other part that comes between the two would be undone. So such a write has its blocks to itself

@@ -302,6 +302,11 @@ impl Backend for File {
         Ok(self.geometry())
     }
 
+    fn settle(&self) -> Result<(), BackendError> {
+        let cached = self.opened.direct.is_none() && !self.opened.options.read_only;
+        if cached { self.flush() } else { Ok(()) }
+    }
+
     fn flush(&self) -> Result<(), BackendError> {
         let path = self.opened.path.display();
         self.opened
