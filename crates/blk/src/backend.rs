@@ -82,6 +82,8 @@ pub struct Op {
     pub offset: u64,
     /// How much, in bytes; 0 for `Flush`, never 0 otherwise.
     pub len: u64,
+    /// Of a write: it is over when it is durable. Only for channels that do that ([`Channel::writes_durably`]).
+    pub durable: bool,
 }
 
 impl Op {
@@ -155,6 +157,14 @@ pub trait Backend: Send + Sync {
     /// The storage cannot have that size, or it is not durable; `geometry` tells which it has.
     fn resize(&self, bytes: Option<u64>) -> Result<Geometry, BackendError>;
 
+    /// Leaves nothing that was written on any channel in this host's memory alone. Called on a control thread.
+    ///
+    /// # Errors
+    /// Something may be left.
+    fn settle(&self) -> Result<(), BackendError> {
+        Ok(())
+    }
+
     /// Makes all writes durable that were completed on any channel. Called on a control thread, where it may wait.
     ///
     /// # Errors
@@ -185,6 +195,11 @@ pub trait Channel {
 
     /// Requests started and not collected.
     fn in_flight(&self) -> usize;
+
+    /// Whether it heeds [`Op::durable`]. If not, a write that is to be durable is followed by a flush.
+    fn writes_durably(&self) -> bool {
+        false
+    }
 
     /// A descriptor that becomes readable (edge-triggered) when requests are over, if any ever are later.
     fn completion_fd(&self) -> Option<RawFd> {

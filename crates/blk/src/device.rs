@@ -364,6 +364,12 @@ impl Device for Blk {
         }
     }
 
+    fn settle(&self) {
+        if let Err(error) = self.shared.backend.settle() {
+            tracing::error!(%error, "what was written may not be on the storage, and another host would not find it");
+        }
+    }
+
     fn save(&self) -> Vec<u8> {
         let mut state = vec![STATE_VERSION, u8::from(self.shared.writeback()), 0, 0];
         state.extend(self.options.logical_block_bytes.to_le_bytes());

@@ -131,7 +131,7 @@ impl FollowUps {
                 self.owing -= 1;
             }
             *bytes = bytes.saturating_sub(len.max(OP_BYTES_MIN));
-            ops.push(Op { token, kind, offset, len });
+            ops.push(Op { token, kind, offset, len, durable: false });
         }
         !ops.is_empty()
     }

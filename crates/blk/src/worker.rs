@@ -164,6 +164,8 @@ impl Worker {
         let disk = self.shared.disk();
         let may_change = self.durable == Durable::AsConfigured;
         let write_through = self.durable == Durable::AtOnce || self.was_switched();
+        // The error of a flush is everybody's, that of a durable write its own.
+        let durable_writes = write_through && self.channel.writes_durably();
         let Self { queue, tokens, ops, done, turn, follow_ups, ranges, shared, .. } = self;
         let taken = tokens.len() as u32;
         let mut bytes = 0;
@@ -175,6 +177,7 @@ impl Worker {
             match request::parse(&chain, &disk) {
                 Request::Op { kind, range: Range { offset, len } } => {
                     bytes += len;
+                    let durable = durable_writes && kind == OpKind::Write;
                     match kind {
                         OpKind::Read => {
                             turn.reads += 1;
@@ -183,15 +186,15 @@ impl Worker {
                         OpKind::Write => {
                             turn.writes += 1;
                             turn.written_bytes += len;
-                            if write_through {
+                            if write_through && !durable {
                                 follow_ups.add_flush(&token);
-                            } else if may_change {
+                            } else if may_change && !write_through {
                                 follow_ups.add_volatile(&token);
                             }
                         }
                         _ => turn.others += 1,
                     }
-                    ops.push(Op { token, kind, offset, len });
+                    ops.push(Op { token, kind, offset, len, durable });
                 }
                 Request::Over(status) => {
                     turn.others += 1;

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use blk::backends::file::{Direct, Engine, File, FileOptions};
 use blk::{Backend, Blk, Options, ResizeError};
-use fake::{DISCARD, FLUSH, IN, IO_ERROR, OK, OUT, Rig, Ring, pattern, range};
+use fake::{FLUSH, IN, IO_ERROR, OK, OUT, Rig, Ring, WRITE_ZEROES, pattern, range};
 use virtio::Device;
 
 struct Scratch(PathBuf);
@@ -65,7 +65,7 @@ fn what_is_written_is_in_the_file() {
         let mut rig = Rig::new(Arc::new(File::open(&file.0, FileOptions::default()).unwrap()), Ring::SPLIT);
         rig.write(3, &data);
         assert_eq!(rig.status(FLUSH, 0, &[], 0), OK);
-        assert_eq!(rig.status(DISCARD, 0, &range(3, 1, 0), 0), OK);
+        assert_eq!(rig.status(WRITE_ZEROES, 0, &range(3, 1, 1), 0), OK);
     }
     let mut found = vec![0; 8192];
     std::fs::File::open(&file.0).unwrap().read_exact_at(&mut found, 3 * 512).unwrap();

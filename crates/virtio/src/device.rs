@@ -105,6 +105,10 @@ pub trait Device: Send + Sync {
     /// beyond the rings is not known.
     fn take_over(&self) {}
 
+    /// Another host may go on with what this device has stored: leaves nothing of it in this host's memory. Called after a
+    /// queue was stopped for good, before anybody is told; it may take its time.
+    fn settle(&self) {}
+
     /// What another instance needs to go on where this one is, beyond the rings. All queues are stopped.
     fn save(&self) -> Vec<u8> {
         Vec::new()

@@ -150,7 +150,7 @@ impl SlowChannel {
     }
 
     fn finish(&self, flight: Flight, chains: &Chains) -> Done {
-        let Flight { op: Op { token, kind, offset, len }, fate, covered } = flight;
+        let Flight { op: Op { token, kind, offset, len, .. }, fate, covered } = flight;
         let mut contents = lock(&self.contents);
         contents.operations += 1;
         if fate.fails {

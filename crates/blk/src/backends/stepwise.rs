@@ -23,6 +23,11 @@ pub(crate) trait Steps {
     /// The status to answer with.
     fn step(&mut self, op: &Op, progress: u64, chains: &Chains) -> Result<u64, Status>;
 
+    /// Whether it heeds [`Op::durable`].
+    fn writes_durably(&self) -> bool {
+        false
+    }
+
     /// What comes after the operation that is about to begin. Nothing needs to be done about it.
     #[inline(always)]
     fn next(&mut self, _op: Option<&Op>) {}
@@ -79,6 +84,10 @@ impl<S: Steps> Channel for Stepwise<S> {
 
     fn in_flight(&self) -> usize {
         self.long.len()
+    }
+
+    fn writes_durably(&self) -> bool {
+        self.steps.writes_durably()
     }
 
     fn arm(&mut self) -> bool {

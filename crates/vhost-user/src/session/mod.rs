@@ -431,6 +431,8 @@ impl Session {
 impl Drop for Session {
     fn drop(&mut self) {
         self.queues().stop_all();
+        let device = self.queues().device().clone();
+        device.settle();
     }
 }
 

@@ -50,7 +50,10 @@ impl Session {
 
     pub(super) fn get_vring_base(&mut self, index: u16) -> Applied<Reply> {
         self.check_ring(index)?;
-        self.stop(index);
+        if self.stop(index) {
+            let device = self.queues().device().clone();
+            device.settle();
+        }
         let format = self.format();
         let vring = &mut self.vrings[usize::from(index)];
         vring.kick = None;

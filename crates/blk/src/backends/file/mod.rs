@@ -4,6 +4,7 @@
 //! tmpfs are the exception: the kernel would hand every request to a worker thread, because tmpfs has no non-blocking
 //! read, although none ever blocks; they are read and written in place (`inline`), which takes less than the detour.
 
+mod blocks;
 mod bounce;
 mod device;
 mod fixed;
@@ -11,18 +12,20 @@ mod hold;
 mod inline;
 mod open;
 mod ring;
+mod sync;
 mod uring;
 mod zero;
 
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use rustix::fs::{fdatasync, fsync};
 use virtio::Memory;
 
+use self::blocks::Blocks;
 use self::hold::Hold;
 use self::inline::Inline;
 use self::uring::Uring;
@@ -93,6 +96,9 @@ pub struct FileOptions {
     pub sqpoll_ms: Option<u32>,
     /// With io_uring and `direct`: pin all guest memory, so that its pages need not be looked up per request.
     pub fixed_buffers: bool,
+    /// The least that storage is taken to want of transfers past the page cache, in bytes, a power of two: more than it
+    /// says, to see what becomes of requests for less.
+    pub unit_bytes_min: u64,
 }
 
 impl Default for FileOptions {
@@ -104,6 +110,7 @@ impl Default for FileOptions {
             lock: Lock::On,
             sqpoll_ms: None,
             fixed_buffers: false,
+            unit_bytes_min: 512,
         }
     }
 }
@@ -117,6 +124,15 @@ struct DirectAlign {
     file: u64,
 }
 
+impl DirectAlign {
+    /// `len`, without what is behind its last whole block if it has any.
+    #[inline(always)]
+    fn whole_blocks_of(self, len: u64) -> u64 {
+        let whole = len & !(self.file - 1);
+        if whole > 0 { whole } else { len }
+    }
+}
+
 /// An open file, as the queues share it.
 ///
 /// It is locked twice. While a queue runs, a [`hold::Hold`] has `buffered` locked, against any other use. And with
@@ -127,7 +143,7 @@ struct Opened {
     path: PathBuf,
     /// Goes through the page cache.
     buffered: OwnedFd,
-    /// Goes past it.
+    /// Goes past it, as then do all reads and writes.
     direct: Option<(OwnedFd, DirectAlign)>,
     /// Says that the image is this process's own.
     owner: Option<OwnedFd>,
@@ -138,6 +154,33 @@ struct Opened {
     block_bytes: u32,
     /// Ranges of whole ones can be zeroed by the system, in bytes.
     zero_unit: u64,
+    /// Who writes which blocks, where the page cache is bypassed and guests may write parts of what storage takes.
+    blocks: Option<Blocks>,
+    /// Capacity, in whole sectors.
+    bytes: AtomicU64,
+    /// Held while the size is changed.
+    sizing: Mutex<()>,
+    /// The size was made smaller.
+    was_cut: AtomicBool,
+    /// A flush has failed.
+    flush_failed: AtomicBool,
+    /// It was said that somebody has cut the file off.
+    short_said: AtomicBool,
+}
+
+impl Opened {
+    fn bytes(&self) -> u64 {
+        self.bytes.load(Ordering::Relaxed)
+    }
+
+    fn align(&self) -> Option<DirectAlign> {
+        self.direct.as_ref().map(|&(_, align)| align)
+    }
+
+    /// `bytes`, rounded down to what can be read and written.
+    fn whole(&self, bytes: u64) -> u64 {
+        bytes - bytes % self.align().map_or(512, |align| align.file)
+    }
 }
 
 /// What was opened.
@@ -163,7 +206,6 @@ impl Drop for Opened {
 #[derive(Debug)]
 pub struct File {
     opened: Arc<Opened>,
-    bytes: AtomicU64,
 }
 
 impl File {
@@ -172,8 +214,7 @@ impl File {
     /// # Errors
     /// It cannot be opened or locked, is neither a file nor a block device, or cannot do what `options` ask for.
     pub fn open(path: &Path, options: FileOptions) -> Result<Self, BackendError> {
-        let (opened, bytes) = open::open(path, options)?;
-        Ok(Self { opened: Arc::new(opened), bytes: AtomicU64::new(bytes) })
+        Ok(Self { opened: Arc::new(open::open(path, options)?) })
     }
 
     /// Whether the page cache is bypassed.
@@ -192,14 +233,17 @@ impl Backend for File {
             flush: true,
             discard: !opened.options.read_only,
             write_zeroes: !opened.options.read_only,
-            ..Geometry::new(self.bytes.load(Ordering::Relaxed))
+            ..Geometry::new(opened.bytes())
         }
     }
 
     fn channel(&self, memory: &Arc<Memory>, depth: u16) -> Result<ChannelBuilder, BackendError> {
         let hold = Arc::new(Hold::take(&self.opened, lock::WAIT)?);
+        let own = self.opened.open_again().map_err(|error| {
+            BackendError(format!("opening {} for a queue: {error}", self.opened.path.display()))
+        })?;
         let (engine, file) = (self.opened.options.engine, self.opened.clone());
-        let parts = engine.wants_uring(file.kind).then(|| Uring::prepare(&hold, memory, depth));
+        let parts = engine.wants_uring(file.kind).then(|| Uring::prepare(&hold, memory, depth, &own));
         Ok(Box::new(move || {
             if let Some(parts) = parts {
                 match parts.and_then(|parts| Uring::new(parts, file, depth)) {
@@ -210,7 +254,7 @@ impl Backend for File {
                     }
                 }
             }
-            Ok(Box::new(Stepwise::new(Inline::new(hold), depth)))
+            Ok(Box::new(Stepwise::new(Inline::new(hold, own), depth)))
         }))
     }
 
@@ -221,8 +265,8 @@ impl Backend for File {
     }
 
     fn channel_descriptors(&self) -> u32 {
-        // A ring, and what that wakes its thread by.
-        if self.opened.options.engine.wants_uring(self.opened.kind) { 2 } else { 0 }
+        // The file, a ring, and what that wakes its thread by.
+        if self.opened.options.engine.wants_uring(self.opened.kind) { 3 } else { 1 }
     }
 
     fn resize(&self, bytes: Option<u64>) -> Result<Geometry, BackendError> {
@@ -237,18 +281,41 @@ impl Backend for File {
                     &"resize it where it is, then take that over",
                 ));
             }
+            let bytes = bytes & !511;
+            if opened.whole(bytes) != bytes {
+                return Err(failed(
+                    "storage that is used without the page cache",
+                    &"a size must have whole blocks of it",
+                ));
+            }
             let _hold = Hold::take(opened, Duration::ZERO)?;
-            rustix::fs::ftruncate(&opened.buffered, bytes & !511)
-                .map_err(|e| failed("changing its size", &e))?;
+            let _alone = opened.sizing.lock().unwrap_or_else(PoisonError::into_inner);
+            let before = opened.bytes.swap(bytes, Ordering::Relaxed);
+            // What is under way cuts it off again when it is over, see `keep_cut`.
+            opened.was_cut.store(bytes < before, Ordering::Relaxed);
+            if let Err(error) = rustix::fs::ftruncate(&opened.buffered, bytes) {
+                opened.bytes.store(before, Ordering::Relaxed);
+                opened.was_cut.store(false, Ordering::Relaxed);
+                return Err(failed("changing its size", &error));
+            }
+        } else {
+            opened.was_cut.store(false, Ordering::Relaxed);
+            opened.bytes.store(opened.whole(self.bytes_now()?), Ordering::Relaxed);
         }
-        self.bytes.store(self.bytes_now()? & !511, Ordering::Relaxed);
         // The size is of no use after a power cut if it is in memory only.
         fsync(&opened.buffered).map_err(|e| failed("making its size durable", &e))?;
         Ok(self.geometry())
     }
 
+    fn settle(&self) -> Result<(), BackendError> {
+        let cached = self.opened.direct.is_none() && !self.opened.options.read_only;
+        if cached { self.flush() } else { Ok(()) }
+    }
+
     fn flush(&self) -> Result<(), BackendError> {
         let path = self.opened.path.display();
-        fdatasync(&self.opened.buffered).map_err(|error| BackendError(format!("flushing {path}: {error}")))
+        self.opened
+            .flushed(fdatasync(&self.opened.buffered))
+            .map_err(|error| BackendError(format!("flushing {path}: {error}")))
     }
 }

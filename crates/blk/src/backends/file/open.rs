@@ -6,6 +6,8 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::sync::Mutex;
+use std::sync::atomic::AtomicBool;
+use std::sync::atomic::AtomicU64;
 
 use rustix::fs::{
     AtFlags, FileType, Mode, OFlags, SeekFrom, StatxFlags, fstat, fstatfs, ioctl_blkpbszget, ioctl_blksszget,
@@ -13,7 +15,8 @@ use rustix::fs::{
 };
 use rustix::io::Errno;
 
-use super::bounce::Bounce;
+use super::blocks::Blocks;
+use super::bounce::{BOUNCE_BYTES, Bounce, PAGE_BYTES};
 use super::{Direct, DirectAlign, Engine, FileOptions, Kind, Lock, Opened, device, hold, ring};
 use crate::backend::BackendError;
 
@@ -25,8 +28,8 @@ const IN_USE: &str = "another process uses it (lock=late opens it all the same a
 const BLOCK_BYTES_MIN: u32 = 512;
 const BLOCK_BYTES_MAX: u32 = 4096;
 
-/// Opens `path`; returns it and its size in bytes, in whole sectors.
-pub(super) fn open(path: &Path, options: FileOptions) -> Result<(Opened, u64), BackendError> {
+/// Opens `path`.
+pub(super) fn open(path: &Path, options: FileOptions) -> Result<Opened, BackendError> {
     let failed = |what: &str, error: &dyn std::fmt::Display| {
         BackendError(format!("opening {}: {what}: {error}", path.display()))
     };
@@ -68,22 +71,41 @@ pub(super) fn open(path: &Path, options: FileOptions) -> Result<(Opened, u64), B
     let direct = match options.direct {
         Direct::Off => None,
         Direct::Auto if kind == Kind::Tmpfs => None,
-        Direct::Auto | Direct::On => reopen(OFlags::DIRECT)
-            .ok()
-            .and_then(|fd| same_file(&fd, &stat).then_some(fd))
-            .and_then(|fd| direct_align(&fd, bytes).map(|align| (fd, align))),
+        Direct::Auto | Direct::On => {
+            let opened = reopen(OFlags::DIRECT).ok().filter(|fd| same_file(fd, &stat));
+            let found = direct(opened, bytes, options.unit_bytes_min);
+            match found {
+                Ok(direct) => Some(direct),
+                Err(why) if options.direct == Direct::On => return Err(failed("direct=on", &why)),
+                Err(why) => {
+                    tracing::warn!(path = %path.display(), why, "the page cache is used");
+                    None
+                }
+            }
+        }
     };
-    if options.direct == Direct::On && direct.is_none() {
-        return Err(failed("direct=on", &"its file system cannot bypass the page cache"));
-    }
     let natural = match kind {
         Kind::Block => ioctl_blkpbszget(&buffered).unwrap_or(BLOCK_BYTES_MIN),
         _ => u32::try_from(stat.st_blksize).unwrap_or(BLOCK_BYTES_MAX),
     };
+    let block_bytes = natural.clamp(BLOCK_BYTES_MIN, BLOCK_BYTES_MAX).next_power_of_two();
+    let unit = direct.as_ref().map(|(_, align)| align.file);
+    let zero_unit = match kind {
+        Kind::Block => ioctl_blksszget(&buffered).map_or(4096, u64::from),
+        // A file system zeroes a part of a block by way of the page cache.
+        _ if direct.is_some() => block_bytes.into(),
+        _ => 1,
+    };
     let opened = Opened {
         path: path.to_owned(),
-        zero_unit: if kind == Kind::Block { ioctl_blksszget(&buffered).map_or(4096, u64::from) } else { 1 },
-        block_bytes: natural.clamp(BLOCK_BYTES_MIN, BLOCK_BYTES_MAX).next_power_of_two(),
+        zero_unit: zero_unit.max(unit.unwrap_or(1)),
+        blocks: unit.filter(|&unit| unit > 512 && !options.read_only).map(Blocks::new),
+        bytes: AtomicU64::new(bytes & !511),
+        sizing: Mutex::default(),
+        was_cut: AtomicBool::new(false),
+        flush_failed: AtomicBool::new(false),
+        short_said: AtomicBool::new(false),
+        block_bytes,
         buffered,
         direct,
         owner,
@@ -92,7 +114,7 @@ pub(super) fn open(path: &Path, options: FileOptions) -> Result<(Opened, u64), B
         kind,
     };
     tracing::debug!(?opened, bytes, "opened");
-    Ok((opened, bytes & !511))
+    Ok(opened)
 }
 
 fn permission(options: FileOptions) -> &'static str {
@@ -139,6 +161,24 @@ fn engine(path: &Path, kind: Kind, options: FileOptions) -> io::Result<()> {
 /// Whether the path still leads to what was opened (and locked) first.
 fn same_file(file: &OwnedFd, stat: &rustix::fs::Stat) -> bool {
     fstat(file).is_ok_and(|again| (again.st_dev, again.st_ino) == (stat.st_dev, stat.st_ino))
+}
+
+/// The way past the page cache, if it can be taken always: bytes that are reached both ways would differ. `unit` is the
+/// least that storage is taken to want.
+fn direct(file: Option<OwnedFd>, bytes: u64, unit: u64) -> Result<(OwnedFd, DirectAlign), &'static str> {
+    const CANNOT: &str = "its file system cannot bypass the page cache";
+    let file = file.ok_or(CANNOT)?;
+    let mut align = direct_align(&file, bytes).ok_or(CANNOT)?;
+    align.file = align.file.max(unit);
+    if align.memory > PAGE_BYTES || align.file > BOUNCE_BYTES / 2 {
+        return Err("its storage wants transfers aligned to more than is supported without the page cache");
+    }
+    if !bytes.is_multiple_of(align.file) && align.file > 512 {
+        return Err(
+            "its size is no multiple of its storage's blocks, which is all that can be had without the page cache",
+        );
+    }
+    Ok((file, align))
 }
 
 /// What the file system says direct transfers must be aligned to, or, where it says nothing, what it accepts.

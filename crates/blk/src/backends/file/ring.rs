@@ -22,7 +22,7 @@ use io_uring::{IoUring, opcode, squeue};
 use rustix::event::{EventfdFlags, eventfd};
 use virtio::Memory;
 
-use super::bounce::Bounce;
+use super::bounce::{Bounce, Span};
 use super::fixed::FixedBuffers;
 use super::hold::Hold;
 use crate::data::{Piece, Pieces};
@@ -36,7 +36,15 @@ const DROP_WAIT: Duration = Duration::from_secs(10);
 #[derive(Default)]
 struct Buffers {
     pieces: Vec<libc::iovec>,
-    bounce: Option<Bounce>,
+    job: Option<Job>,
+}
+
+/// A transfer through a buffer of our own.
+pub(super) struct Job {
+    pub(super) bounce: Bounce,
+    pub(super) span: Span,
+    /// The blocks are read in order to be written with a part of them changed.
+    pub(super) merging: bool,
 }
 
 /// Which way data go.
@@ -44,6 +52,20 @@ struct Buffers {
 pub(super) enum Way {
     FromFile,
     ToFile,
+    /// And they are durable when that is done.
+    ToFileDurably,
+}
+
+impl Way {
+    /// Whether the file changes.
+    pub(super) fn writes(self) -> bool {
+        self != Self::FromFile
+    }
+
+    /// Flags of `pwritev2(2)`.
+    fn flags(self) -> i32 {
+        if self == Self::ToFileDurably { libc::RWF_DSYNC } else { 0 }
+    }
 }
 
 /// A ring with room for one request per slot.
@@ -53,7 +75,7 @@ pub(super) struct Ring {
     memory: ManuallyDrop<Arc<Memory>>,
     hold: ManuallyDrop<Arc<Hold>>,
     fixed: Option<FixedBuffers>,
-    event: OwnedFd,
+    event: Arc<OwnedFd>,
     /// Requests made and not seen completed.
     in_flight: usize,
     /// Requests made and not shown to the kernel.
@@ -66,7 +88,7 @@ pub(super) struct Parts {
     // Before the memory that is registered with it.
     uring: IoUring,
     fixed: Option<FixedBuffers>,
-    event: OwnedFd,
+    event: Arc<OwnedFd>,
     memory: Arc<Memory>,
     hold: Arc<Hold>,
     depth: u16,
@@ -86,7 +108,7 @@ impl Parts {
         let lease = memory.lease().map(|lease| lease.as_fd().as_raw_fd());
         let files: Vec<RawFd> = files.iter().copied().chain(lease).collect();
         uring.submitter().register_files(&files)?;
-        let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        let event = Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);
         uring.submitter().register_eventfd(event.as_raw_fd())?;
         uring.completion().disable_eventfd();
         let fixed = fixed_buffers.then(|| FixedBuffers::register(&uring, memory)).flatten();
@@ -130,34 +152,26 @@ impl Ring {
         let (list, count) = (list.as_ptr(), list.len() as u32);
         let entry = match way {
             Way::FromFile => opcode::Readv::new(Fixed(file), list, count).offset(offset).build(),
-            Way::ToFile => opcode::Writev::new(Fixed(file), list, count).offset(offset).build(),
+            to => opcode::Writev::new(Fixed(file), list, count).offset(offset).rw_flags(to.flags()).build(),
         };
         self.push(slot, entry);
     }
 
-    /// Moves the first `len` bytes between the file and `bounce`, which comes back with [`Ring::take_bounce`].
-    pub(super) fn transfer_bounced(
-        &mut self,
-        slot: usize,
-        way: Way,
-        file: u32,
-        offset: u64,
-        len: u32,
-        bounce: Bounce,
-    ) {
-        let bounce = self.slots[slot].bounce.insert(bounce);
-        let ptr = bounce.as_mut_ptr();
+    /// Moves the blocks of a span between the file and a buffer, which comes back with [`Ring::take_job`].
+    pub(super) fn transfer_bounced(&mut self, slot: usize, way: Way, file: u32, job: Job) {
+        let Job { bounce, span: Span { start, len, .. }, .. } = self.slots[slot].job.insert(job);
+        let (ptr, len) = (bounce.as_mut_ptr(), *len as u32);
         let entry = match way {
-            Way::FromFile => opcode::Read::new(Fixed(file), ptr, len).offset(offset).build(),
-            Way::ToFile => opcode::Write::new(Fixed(file), ptr, len).offset(offset).build(),
+            Way::FromFile => opcode::Read::new(Fixed(file), ptr, len).offset(*start).build(),
+            to => opcode::Write::new(Fixed(file), ptr, len).offset(*start).rw_flags(to.flags()).build(),
         };
         self.push(slot, entry);
     }
 
     /// Gives back the buffer of a request that was completed.
     #[inline(always)]
-    pub(super) fn take_bounce(&mut self, slot: usize) -> Option<Bounce> {
-        self.slots[slot].bounce.take()
+    pub(super) fn take_job(&mut self, slot: usize) -> Option<Job> {
+        self.slots[slot].job.take()
     }
 
     /// Makes the file's data durable.
@@ -167,9 +181,8 @@ impl Ring {
 
     /// Writes bytes that never change.
     pub(super) fn write_constant(&mut self, slot: usize, file: u32, offset: u64, bytes: &'static [u8]) {
-        let entry =
-            opcode::Write::new(Fixed(file), bytes.as_ptr(), bytes.len() as u32).offset(offset).build();
-        self.push(slot, entry);
+        let write = opcode::Write::new(Fixed(file), bytes.as_ptr(), bytes.len() as u32);
+        self.push(slot, write.offset(offset).build());
     }
 
     /// Succeeds.
@@ -188,11 +201,15 @@ impl Ring {
         let fixed = self.fixed.as_mut().and_then(|fixed| fixed.index(&piece));
         match (way, fixed) {
             (Way::FromFile, None) => opcode::Read::new(file, piece.ptr, len).offset(offset).build(),
-            (Way::ToFile, None) => opcode::Write::new(file, piece.ptr, len).offset(offset).build(),
             (Way::FromFile, Some(i)) => {
                 opcode::ReadFixed::new(file, piece.ptr, len, i).offset(offset).build()
             }
-            (Way::ToFile, Some(i)) => opcode::WriteFixed::new(file, piece.ptr, len, i).offset(offset).build(),
+            (to, None) => {
+                opcode::Write::new(file, piece.ptr, len).offset(offset).rw_flags(to.flags()).build()
+            }
+            (to, Some(i)) => {
+                opcode::WriteFixed::new(file, piece.ptr, len, i).offset(offset).rw_flags(to.flags()).build()
+            }
         }
     }
 
@@ -235,8 +252,8 @@ impl Ring {
     }
 
     /// Readable when something was completed, if armed.
-    pub(super) fn event(&self) -> RawFd {
-        self.event.as_raw_fd()
+    pub(super) fn event(&self) -> &Arc<OwnedFd> {
+        &self.event
     }
 
     /// Makes completions show on the descriptor; true if some are there already.

@@ -269,6 +269,7 @@ impl Control {
 impl Drop for Control {
     fn drop(&mut self) {
         self.queues.stop_all();
+        self.device().settle();
         self.device().reset();
     }
 }

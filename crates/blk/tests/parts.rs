@@ -1,0 +1,213 @@
+//! Storage that takes only blocks of 4 KiB past the page cache, and guests that read and write parts of them.
+#![allow(clippy::unwrap_used, reason = "tests")]
+
+mod fake;
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::Arc;
+
+use blk::backends::file::{Direct, Engine, File, FileOptions};
+use blk::{Backend, Blk, Options};
+use fake::{FLUSH, IN, OK, OUT, Rig, Ring, Sent, WRITE_ZEROES, header, pattern, range};
+
+const BYTES: u64 = 1 << 20;
+const SECTORS: u64 = BYTES / 512;
+
+/// A file, and a loop device with sectors of 4 KiB over it where that is to be had.
+struct Storage {
+    device: Option<PathBuf>,
+    file: PathBuf,
+}
+
+impl Storage {
+    fn file(name: &str) -> Self {
+        let name = format!("exitless-blk-{}-{name}", std::process::id());
+        let file = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(name);
+        std::fs::write(&file, pattern(BYTES as usize, 1)).unwrap();
+        Self { device: None, file }
+    }
+
+    fn device(name: &str) -> Option<Self> {
+        let mut storage = Self::file(name);
+        let output = Command::new("losetup")
+            .args(["--find", "--show", "--sector-size", "4096"])
+            .arg(&storage.file)
+            .output();
+        match output {
+            Ok(output) if output.status.success() => {
+                storage.device = Some(PathBuf::from(String::from_utf8_lossy(&output.stdout).trim()));
+                Some(storage)
+            }
+            failed => {
+                needs::skip(format_args!("no loop device: {failed:?}"));
+                None
+            }
+        }
+    }
+
+    fn path(&self) -> &Path {
+        self.device.as_ref().unwrap_or(&self.file)
+    }
+}
+
+impl Drop for Storage {
+    fn drop(&mut self) {
+        if let Some(device) = &self.device {
+            let _ = Command::new("losetup").arg("--detach").arg(device).status();
+        }
+        let _ = std::fs::remove_file(&self.file);
+    }
+}
+
+/// Both engines on both kinds of storage; a file stands for one on such a device.
+fn each_storage(name: &str, check: impl Fn(File, &str)) {
+    for engine in [Engine::Uring, Engine::Inline] {
+        let file = Storage::file(&format!("{name}-{engine:?}"));
+        for storage in [Some(file), Storage::device(&format!("{name}-dev-{engine:?}"))].into_iter().flatten()
+        {
+            let options = FileOptions { engine, unit_bytes_min: 4096, ..FileOptions::default() };
+            let disk = File::open(storage.path(), options).unwrap();
+            if !disk.is_direct() {
+                needs::skip(format_args!("{} cannot bypass the page cache", storage.path().display()));
+                continue;
+            }
+            check(disk, &format!("{engine:?} on {}", storage.path().display()));
+        }
+    }
+}
+
+/// A read of one block while another is written leaves the other's old bytes nowhere.
+#[test]
+fn a_part_of_a_block_is_read_as_it_was_written() {
+    each_storage("stale", |disk, context| {
+        let mut rig = Rig::new(Arc::new(disk), Ring::SPLIT);
+        for round in 0..50u64 {
+            let data = pattern(4096, 100 + round);
+            let write = rig.send(&[&header(OUT, 16), &data], &[1]);
+            let read = rig.send(&[&header(IN, 0)], &[512, 1]);
+            assert_eq!((rig.wait(write).status(), rig.wait(read).status()), (OK, OK), "{context}");
+            assert!(rig.read(16, 512) == data[..512], "{context}, round {round}: old data");
+            let part = pattern(512, 900 + round);
+            rig.write(16, &part);
+            assert_eq!(rig.status(FLUSH, 0, &[], 0), OK);
+            let found = rig.read(16, 4096);
+            assert!(found[..512] == part && found[512..] == data[512..], "{context}, round {round}");
+        }
+    });
+}
+
+/// A small generator of test data; the sequence is the same in every run.
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, n: u64) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0 % n
+    }
+}
+
+/// A request under way, and what it reads, if it does.
+struct Flight {
+    sent: Sent,
+    sectors: std::ops::Range<u64>,
+    expected: Option<Vec<u8>>,
+}
+
+/// No two requests under way overlap, so that each has one right answer; they share blocks all the time.
+#[test]
+fn parts_written_by_several_queues_at_once_all_last() {
+    each_storage("random", |disk, context| {
+        let options = Options { queues: 3, ..Options::default() };
+        let disk = Arc::new(Blk::new(Arc::new(disk), options).unwrap());
+        let mut rigs: Vec<_> =
+            (0..3).map(|index| Rig::with(disk.clone(), Ring::SPLIT, u64::MAX, index)).collect();
+        let mut model = pattern(BYTES as usize, 1);
+        let mut random = Random(0x5EED);
+        let mut flights: Vec<Vec<Flight>> = (0..3).map(|_| Vec::new()).collect();
+        for step in 0..6000u64 {
+            let queue = random.below(3) as usize;
+            // A few blocks only, for company.
+            let (start, count) = match random.below(4) {
+                0 => (random.below(8) * 8, 8 * (1 + random.below(3))),
+                _ => (random.below(90), 1 + random.below(12)),
+            };
+            let sectors = start..start + count;
+            let free = !flights
+                .iter()
+                .flatten()
+                .any(|flight| flight.sectors.start < sectors.end && sectors.start < flight.sectors.end);
+            if free && flights[queue].len() < 16 {
+                let bytes = start as usize * 512..(start + count) as usize * 512;
+                let misaligned = if random.below(3) == 0 { 4 * random.below(8) } else { 0 };
+                let (kind, head) = (random.below(10), |kind| header(kind, start));
+                let (sent, expected) = match kind {
+                    0..5 => {
+                        let data = pattern(bytes.len(), step);
+                        model[bytes.clone()].copy_from_slice(&data);
+                        (rigs[queue].try_send(&[&head(OUT), &data], &[1], misaligned), None)
+                    }
+                    5 => {
+                        model[bytes.clone()].fill(0);
+                        let zeroed = range(start, count as u32, random.below(2) as u32);
+                        (rigs[queue].try_send(&[&header(WRITE_ZEROES, 0), &zeroed], &[1], 0), None)
+                    }
+                    _ => (
+                        rigs[queue].try_send(&[&head(IN)], &[bytes.len(), 1], misaligned),
+                        Some(model[bytes.clone()].to_vec()),
+                    ),
+                };
+                flights[queue].push(Flight { sent: sent.unwrap(), sectors, expected });
+            }
+            rigs[queue].turn();
+            let rig = &mut rigs[queue];
+            let (back, left): (Vec<_>, Vec<_>) =
+                flights[queue].drain(..).partition(|flight| rig.is_back(&flight.sent));
+            flights[queue] = left;
+            for Flight { sent, sectors, expected } in back {
+                let answer = rig.wait(sent);
+                assert_eq!(answer.status(), OK, "{context}, step {step}: {sectors:?}");
+                if let Some(expected) = expected {
+                    assert!(answer.data() == expected, "{context}, step {step}: read of {sectors:?}");
+                }
+            }
+        }
+        // A queue may wait for blocks of another's request: all of them turn.
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(20);
+        while rigs.iter().zip(&flights).any(|(rig, flights)| flights.iter().any(|f| !rig.is_back(&f.sent))) {
+            assert!(std::time::Instant::now() < deadline, "{context}: requests do not come back");
+            for rig in &mut rigs {
+                rig.turn();
+            }
+        }
+        for (rig, flights) in rigs.iter_mut().zip(flights) {
+            for flight in flights {
+                assert_eq!(rig.wait(flight.sent).status(), OK, "{context}");
+            }
+        }
+        assert_eq!(rigs[0].status(FLUSH, 0, &[], 0), OK);
+        let found: Vec<u8> = (0..SECTORS).step_by(64).flat_map(|at| rigs[0].read(at, 64 * 512)).collect();
+        let wrong: Vec<_> =
+            (0..SECTORS as usize).filter(|s| found[s * 512..][..512] != model[s * 512..][..512]).collect();
+        assert!(wrong.is_empty(), "{context}: sectors {wrong:?}");
+    });
+}
+
+/// The last block is there in part only: past the page cache it could not be written without making the file longer.
+#[test]
+fn a_file_without_whole_blocks_goes_through_the_page_cache_as_a_whole() {
+    let storage = Storage::file("tail");
+    std::fs::File::options().write(true).open(&storage.file).unwrap().set_len(BYTES + 512).unwrap();
+    let with = |direct| {
+        let options = FileOptions { unit_bytes_min: 4096, direct, ..FileOptions::default() };
+        File::open(&storage.file, options)
+    };
+    let disk = with(Direct::Auto).unwrap();
+    assert!(!disk.is_direct());
+    assert_eq!(disk.geometry().bytes, BYTES + 512);
+    drop(disk);
+    let error = with(Direct::On).unwrap_err().to_string();
+    assert!(error.contains("no multiple"), "{error}");
+}
