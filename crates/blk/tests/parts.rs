@@ -7,9 +7,10 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 
-use blk::backends::file::{Direct, Engine, File, FileOptions};
+use blk::backends::file::{Direct, Engine, File, FileOptions, Lock};
 use blk::{Backend, Blk, Options};
 use fake::{FLUSH, IN, OK, OUT, Rig, Ring, Sent, WRITE_ZEROES, header, pattern, range};
+use virtio::Device;
 
 const BYTES: u64 = 1 << 20;
 const SECTORS: u64 = BYTES / 512;
@@ -210,4 +211,41 @@ fn a_file_without_whole_blocks_goes_through_the_page_cache_as_a_whole() {
     drop(disk);
     let error = with(Direct::On).unwrap_err().to_string();
     assert!(error.contains("no multiple"), "{error}");
+}
+
+/// What the driver of a disk of `file` is told of its blocks, in bytes.
+fn blk_size(file: File, logical_block_bytes: Option<u32>) -> u32 {
+    let disk = Blk::new(Arc::new(file), Options { logical_block_bytes, ..Options::default() }).unwrap();
+    u32::from_le_bytes(disk.config()[20..24].try_into().unwrap())
+}
+
+#[test]
+fn the_guest_is_shown_the_blocks_that_the_storage_takes() {
+    each_storage("shown", |disk, context| assert_eq!(blk_size(disk, None), 4096, "{context}"));
+    each_storage("told", |disk, context| assert_eq!(blk_size(disk, Some(512)), 512, "{context}"));
+    let through_cache = FileOptions { direct: Direct::Off, ..FileOptions::default() };
+    if let Some(device) = Storage::device("shown-cached") {
+        assert_eq!(blk_size(File::open(device.path(), through_cache).unwrap(), None), 4096, "BLKSSZGET");
+    }
+    let file = Storage::file("shown-cached-file");
+    assert_eq!(blk_size(File::open(file.path(), through_cache).unwrap(), None), 512);
+}
+
+/// One that finds other blocks at the destination would take its file system for destroyed.
+#[test]
+fn a_guest_does_not_move_to_a_disk_of_other_blocks() {
+    let file = Storage::file("moved");
+    let disk = |unit_bytes_min, logical_block_bytes| {
+        let options = FileOptions { unit_bytes_min, lock: Lock::Off, ..FileOptions::default() };
+        let file = File::open(file.path(), options).unwrap();
+        let direct = file.is_direct();
+        let options = Options { logical_block_bytes, ..Options::default() };
+        (Blk::new(Arc::new(file), options).unwrap(), direct)
+    };
+    let ((small, _), (large, true)) = (disk(512, Some(512)), disk(4096, None)) else {
+        return needs::skip(format_args!("{} cannot bypass the page cache", file.path().display()));
+    };
+    let error = small.restore(&large.save()).unwrap_err().to_string();
+    assert!(error.contains("had 2048 sectors and blocks of 4096 bytes, and has 2048 and 512"), "{error}");
+    disk(512, Some(4096)).0.restore(&large.save()).unwrap();
 }
