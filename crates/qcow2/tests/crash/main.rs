@@ -6,6 +6,7 @@
 mod model;
 mod random;
 mod reader;
+mod snapshot;
 mod store;
 mod world;
 
@@ -24,7 +25,7 @@ fn case(seed: u64) -> Case {
     let cluster_bits = if extended { 14 } else { random.pick(&[9, 9, 9, 10, 12]) };
     let layout = Layout { cluster_bits, refcount_order: random.below(7) as u32, extended, external_data: false };
     let version = if extended || layout.refcount_order != 4 || random.one_in(2) { 3 } else { 2 };
-    let disk_sectors = (layout.cluster_bytes() / 512) * (random.pick(&[8, 40, 100]));
+    let disk_sectors = (layout.cluster_bytes() / 512) * (random.pick(&[8, 40, 100, if cluster_bits == 9 { 400 } else { 60 }]));
     Case {
         version,
         layout,
@@ -33,6 +34,7 @@ fn case(seed: u64) -> Case {
         fresh_is_zero: !random.one_in(4),
         punch: random.one_in(2),
         queue_depth: random.pick(&[1, 4, 12]),
+        racing: random.one_in(4),
         fails_one_in: 0,
     }
 }
@@ -63,6 +65,30 @@ fn crashes(rounds: u64, events: u64, restarts: bool, fails_one_in: u64) -> u64 {
 #[test]
 fn no_crash_costs_what_was_acknowledged_or_flushed() {
     assert!(crashes(seeds(60), 400, false, 0) > 0);
+}
+
+#[test]
+fn nor_what_an_internal_snapshot_holds() {
+    let mut crash_points = 0;
+    for seed in 0..seeds(60) {
+        let mut case = case(seed);
+        case.layout.refcount_order = case.layout.refcount_order.max(1);
+        let mut world = World::new(case, seed);
+        for _ in 0..200 {
+            world.step(true);
+        }
+        let Some(contents) = snapshot::take(&world.close(false)) else { continue };
+        let mut world = World::over(case, seed, contents);
+        for _ in 0..300 {
+            world.step(true);
+            world.check_crash(false);
+            world.check_crash(true);
+        }
+        world.close(false);
+        crash_points += world.crash_points;
+    }
+    assert!(crash_points > 0);
+    eprintln!("{crash_points} crash points");
 }
 
 #[test]

@@ -64,13 +64,15 @@ struct Write {
     /// `None` punches.
     sectors: Vec<Option<Sector>>,
     done: bool,
+    /// The guest's, which may write to a place while it is being written.
+    data: bool,
 }
 
 /// A file.
 #[derive(Default)]
 pub(crate) struct Store {
     durable: Contents,
-    /// In the order in which they were given.
+    /// Those that are done in the order in which they were.
     writes: Vec<Write>,
     /// What readers see: everything that is done.
     pub(crate) now: Contents,
@@ -86,35 +88,43 @@ impl Store {
     pub(crate) fn begin_write(&mut self, id: u64, offset: u64, data: &[u8]) {
         assert!(offset.is_multiple_of(SECTOR) && (data.len() as u64).is_multiple_of(SECTOR));
         let sectors = data.chunks_exact(SECTOR as usize).map(|s| Some(Rc::new(s.try_into().unwrap()))).collect();
-        self.begin(id, offset, sectors);
+        self.begin(id, offset, sectors, false);
+    }
+
+    pub(crate) fn begin_data(&mut self, id: u64, offset: u64, data: &[u8]) {
+        let sectors = data.chunks_exact(SECTOR as usize).map(|s| Some(Rc::new(s.try_into().unwrap()))).collect();
+        self.begin(id, offset, sectors, true);
     }
 
     pub(crate) fn begin_punch(&mut self, id: u64, offset: u64, len: u64) {
-        self.begin(id, offset, vec![None; (len / SECTOR) as usize]);
+        self.begin(id, offset, vec![None; (len / SECTOR) as usize], false);
     }
 
     /// Makes the file longer.
     pub(crate) fn begin_extend(&mut self, id: u64, bytes: u64) {
         let now = self.now.0.len() as u64;
-        self.begin(id, now * SECTOR, vec![None; (bytes / SECTOR).saturating_sub(now) as usize]);
+        self.begin(id, now * SECTOR, vec![None; (bytes / SECTOR).saturating_sub(now) as usize], false);
     }
 
-    fn begin(&mut self, id: u64, offset: u64, sectors: Vec<Option<Sector>>) {
+    fn begin(&mut self, id: u64, offset: u64, sectors: Vec<Option<Sector>>, data: bool) {
         let first = (offset / SECTOR) as usize;
         // Two writes to the same place at once would end in any order: the engine never asks for that.
-        for other in self.writes.iter().filter(|other| !other.done) {
+        for other in self.writes.iter().filter(|other| !other.done && !(data && other.data)) {
             let apart = other.first + other.sectors.len() <= first || first + sectors.len() <= other.first;
             assert!(apart, "writes {id} and {} overlap at sector {first}", other.id);
         }
-        self.writes.push(Write { id, first, sectors, done: false });
+        self.writes.push(Write { id, first, sectors, done: false, data });
     }
 
     pub(crate) fn end_write(&mut self, id: u64) {
-        let write = self.writes.iter_mut().find(|write| write.id == id).unwrap();
+        let at = self.writes.iter().position(|write| write.id == id).unwrap();
+        // What is done later lies over what was done before.
+        let mut write = self.writes.remove(at);
         write.done = true;
         for (index, sector) in write.sectors.iter().enumerate() {
             self.now.set(write.first + index, sector.clone());
         }
+        self.writes.push(write);
     }
 
     /// A write ends with an error: sectors of it may be there or not, now.

@@ -15,6 +15,7 @@ use qcow2::readers::{Reader, Readers};
 use crate::model::Model;
 use crate::random::Random;
 use crate::reader::{GARBAGE, Value, backing_value, read_all, sector_of};
+use crate::snapshot;
 use crate::store::{Contents, SECTOR, Store};
 
 /// What is simulated.
@@ -27,6 +28,8 @@ pub(crate) struct Case {
     pub(crate) fresh_is_zero: bool,
     pub(crate) punch: bool,
     pub(crate) queue_depth: usize,
+    /// The guest changes places that it is changing.
+    pub(crate) racing: bool,
     /// One command in so many fails; 0 for none.
     pub(crate) fails_one_in: u64,
 }
@@ -44,6 +47,8 @@ struct Op {
     sectors: std::ops::Range<u64>,
     pieces: usize,
     failed: bool,
+    /// Another request changed one of the sectors meanwhile.
+    raced: bool,
     queue: usize,
     epoch: u64,
 }
@@ -85,6 +90,8 @@ pub(crate) struct World {
     /// Requests that were answered, and those that failed.
     pub(crate) answered: u64,
     pub(crate) failed: u64,
+    /// What the internal snapshot holds, if there is one.
+    snapshot: Option<Vec<Value>>,
 }
 
 fn open(case: &Case, contents: &Contents) -> (Engine, Vec<Reader>) {
@@ -124,6 +131,7 @@ impl World {
     pub(crate) fn over(case: Case, seed: u64, contents: Contents) -> Self {
         let (engine, queues) = open(&case, &contents);
         let image = Image::read(&contents).unwrap();
+        let snapshot = (image.header.snapshots > 0).then(|| snapshot::read(&contents, case.backing_sectors));
         let model = Model::new(read_all(&contents, &image, case.backing_sectors));
         Self {
             case,
@@ -140,6 +148,7 @@ impl World {
             crash_points: 0,
             answered: 0,
             failed: 0,
+            snapshot,
         }
     }
 
@@ -181,9 +190,14 @@ impl World {
         let most = if self.random.one_in(4) { 4 } else { 1 };
         let count = (1 + self.random.below(most)) * unit;
         let sectors = first..(first + count).min(self.case.disk_sectors);
-        // Guests do not change a place twice at once.
-        if self.ops.values().any(|op| op.sectors.start < sectors.end && sectors.start < op.sectors.end) {
-            return;
+        let mut raced = false;
+        for op in self.ops.values_mut() {
+            if op.sectors.start < sectors.end && sectors.start < op.sectors.end {
+                if !self.case.racing {
+                    return;
+                }
+                (op.raced, raced) = (true, true);
+            }
         }
         let kind = match self.random.below(10) {
             0 | 1 if whole => Kind::Discard,
@@ -204,7 +218,7 @@ impl World {
             pieces.push(Piece { op: id, offset: at, len, kind });
             at += len;
         }
-        self.ops.insert(id, Op { kind, sectors, pieces: pieces.len(), failed: false, queue, epoch });
+        self.ops.insert(id, Op { kind, sectors, pieces: pieces.len(), failed: false, raced, queue, epoch });
         for piece in pieces {
             self.drive(piece);
         }
@@ -247,7 +261,7 @@ impl World {
         let Kind::Write(value) = piece.kind else { panic!("data of no write") };
         let data = sector_of(value).repeat((piece.len / SECTOR) as usize);
         let id = self.id();
-        self.store.begin_write(id, offset, &data);
+        self.store.begin_data(id, offset, &data);
         self.flying.push((id, Flying::Data { piece, grant }));
     }
 
@@ -344,6 +358,10 @@ impl World {
             return;
         }
         self.answered += 1;
+        if op.raced {
+            // Either may have been the last.
+            return;
+        }
         match op.kind {
             Kind::Write(value) => self.model.end_write(op.sectors, value),
             Kind::Zero { .. } => self.model.end_write(op.sectors, 0),
@@ -404,6 +422,9 @@ impl World {
         let wrong: Vec<_> = report.findings.iter().filter(|text| !text.starts_with("leaked")).collect();
         assert_eq!(report.corruptions, 0, "{:?}, power cut {power_cut}: {wrong:#?}", self.case);
         let values = read_all(contents, &image, self.case.backing_sectors);
+        if let Some(snapshot) = &self.snapshot {
+            assert!(*snapshot == snapshot::read(contents, self.case.backing_sectors), "{:?}", self.case);
+        }
         if let Err(error) = self.model.check(&values, power_cut) {
             panic!("{:?}, power cut {power_cut}: {error}", self.case);
         }
