@@ -17,6 +17,9 @@ const CHUNK: u64 = 1024;
 pub struct Report {
     /// What is wrong and may cost data.
     pub corruptions: u64,
+    /// Of these, refcounts that are too low and entries that are wrong about being the only reference: what a repair sets
+    /// right from the tables.
+    pub wrong_refcounts: u64,
     /// Clusters that are counted and not referred to: they only take space.
     pub leaks: u64,
     /// Clusters of the disk that are allocated.
@@ -46,20 +49,21 @@ impl Report {
 
 /// References to host clusters.
 #[derive(Default)]
-struct Counts {
+pub(crate) struct Counts {
     chunks: HashMap<u64, Vec<u32>>,
-    end: u64,
+    /// Behind the last cluster that is referred to.
+    pub(crate) end: u64,
 }
 
 impl Counts {
-    fn add(&mut self, cluster: u64) {
+    pub(crate) fn add(&mut self, cluster: u64) {
         let chunk = self.chunks.entry(cluster / CHUNK).or_insert_with(|| vec![0; CHUNK as usize]);
         let count = &mut chunk[(cluster % CHUNK) as usize];
         *count = count.saturating_add(1);
         self.end = self.end.max(cluster + 1);
     }
 
-    fn get(&self, cluster: u64) -> u64 {
+    pub(crate) fn get(&self, cluster: u64) -> u64 {
         self.chunks.get(&(cluster / CHUNK)).map_or(0, |chunk| chunk[(cluster % CHUNK) as usize].into())
     }
 }
@@ -69,10 +73,14 @@ impl Counts {
 /// # Errors
 /// It cannot be read, or its header says that it is no image that can be checked.
 pub fn check(file: &impl ReadAt) -> Result<Report, ImageError> {
-    let image = Image::read(file)?;
-    let mut check = Check { file, image: &image, report: Report::default(), counts: Counts::default() };
+    Ok(count(file, &Image::read(file)?)?.0)
+}
+
+/// Checks an image, and says what is referred to how often.
+pub(crate) fn count(file: &impl ReadAt, image: &Image) -> io::Result<(Report, Counts)> {
+    let mut check = Check { file, image, report: Report::default(), counts: Counts::default() };
     check.run()?;
-    Ok(check.report)
+    Ok((check.report, check.counts))
 }
 
 struct Check<'a, F> {
@@ -97,6 +105,7 @@ impl<F: ReadAt> Check<'_, F> {
         }
         self.count_tables(&self.image.l1, true)?;
         self.count_snapshots()?;
+        self.count_bitmaps()?;
         self.compare()?;
         // Whether entries say rightly that their cluster is their own can be told only when all is counted.
         self.compare_owned()
@@ -107,7 +116,9 @@ impl<F: ReadAt> Check<'_, F> {
         let layout = &self.image.header.layout;
         let limit = self.image.file_bytes.next_multiple_of(layout.cluster_bytes());
         if layout.in_cluster(offset) != 0 || offset + bytes > limit {
-            self.report.corrupt(|| format!("{what}: offset {offset:#x} is not aligned or beyond the end of the file"));
+            self.report.corrupt(|| {
+                format!("{what}: offset {offset:#x} is not aligned or beyond the end of the file")
+            });
             return false;
         }
         for cluster in offset >> layout.cluster_bits..(offset + bytes).div_ceil(layout.cluster_bytes()) {
@@ -170,7 +181,9 @@ impl<F: ReadAt> Check<'_, F> {
                 if layout.external_data {
                     let expected = (table as u64 * layout.l2_entries() + at as u64) << layout.cluster_bits;
                     if offset != expected {
-                        self.report.corrupt(|| format!("L2 table {table}, entry {at}: {offset:#x} in the data file"));
+                        self.report.corrupt(|| {
+                            format!("L2 table {table}, entry {at}: {offset:#x} in the data file")
+                        });
                     }
                 } else {
                     self.count(&format!("L2 table {table}, entry {at}"), offset, layout.cluster_bytes());
@@ -187,7 +200,8 @@ impl<F: ReadAt> Check<'_, F> {
             // Snapshot table entry: the L1 table's offset and entries, lengths of the ID, the name and the extra data.
             let mut fixed = [0; 40];
             self.file.read_at(at, &mut fixed)?;
-            let word = |at: usize, len: usize| fixed[at..at + len].iter().fold(0, |w, &b| w << 8 | u64::from(b));
+            let word =
+                |at: usize, len: usize| fixed[at..at + len].iter().fold(0, |w, &b| w << 8 | u64::from(b));
             let (l1_offset, l1_entries) = (word(0, 8), word(8, 4));
             let bytes = 40 + word(36, 4) + word(12, 2) + word(14, 2);
             at += bytes.next_multiple_of(8);
@@ -200,12 +214,47 @@ impl<F: ReadAt> Check<'_, F> {
                 continue;
             }
             if self.count(&format!("the L1 table of snapshot {index}"), l1_offset, l1_entries * 8) {
-                let l1: Vec<_> = read_words(self.file, l1_offset, l1_entries)?.into_iter().map(L1Entry).collect();
+                let l1: Vec<_> =
+                    read_words(self.file, l1_offset, l1_entries)?.into_iter().map(L1Entry).collect();
                 self.count_tables(&l1, false)?;
             }
         }
         if header.snapshots > 0 {
             self.count("the snapshot table", header.snapshots_offset, at - header.snapshots_offset);
+        }
+        Ok(())
+    }
+
+    /// Counts what the persistent bitmaps hold (sections "Bitmap directory" and "Bitmap table").
+    fn count_bitmaps(&mut self) -> io::Result<()> {
+        let Some(bitmaps) = self.image.header.bitmaps else { return Ok(()) };
+        if !self.count("the bitmap directory", bitmaps.directory_offset, bitmaps.directory_bytes) {
+            return Ok(());
+        }
+        let (mut at, end) = (bitmaps.directory_offset, bitmaps.directory_offset + bitmaps.directory_bytes);
+        for index in 0..bitmaps.count {
+            if at + 24 > end {
+                self.report.corrupt(|| format!("bitmap {index} lies beyond the end of the directory"));
+                return Ok(());
+            }
+            let mut fixed = [0; 24];
+            self.file.read_at(at, &mut fixed)?;
+            let word =
+                |at: usize, len: usize| fixed[at..at + len].iter().fold(0, |w, &b| w << 8 | u64::from(b));
+            let (offset, entries) = (word(0, 8), word(8, 4));
+            at += (24 + word(18, 2) + word(20, 4)).next_multiple_of(8);
+            if !self.count(&format!("the table of bitmap {index}"), offset, entries * 8) {
+                continue;
+            }
+            for entry in read_words(self.file, offset, entries)? {
+                if let Some(cluster) = L1Entry(entry & !1).table() {
+                    self.count(
+                        &format!("data of bitmap {index}"),
+                        cluster,
+                        self.image.header.layout.cluster_bytes(),
+                    );
+                }
+            }
         }
         Ok(())
     }
@@ -244,6 +293,7 @@ impl<F: ReadAt> Check<'_, F> {
             self.report.leaks += 1;
             self.report.tell(|| format!("leaked cluster {cluster}: refcount {said}, {counted} references"));
         } else if said < counted {
+            self.report.wrong_refcounts += 1;
             self.report.corrupt(|| format!("cluster {cluster}: refcount {said}, {counted} references"));
         }
     }
@@ -254,15 +304,19 @@ impl<F: ReadAt> Check<'_, F> {
         for (index, entry) in self.image.l1.iter().enumerate() {
             let Some(offset) = entry.table().filter(|_| entry.is_valid(&layout)) else { continue };
             if entry.is_owned() != (self.counts.get(offset >> layout.cluster_bits) == 1) {
+                self.report.wrong_refcounts += 1;
                 self.report.corrupt(|| format!("L1 entry {index}: its bit 63 is wrong"));
             }
-            if offset + layout.cluster_bytes() > self.image.file_bytes.next_multiple_of(layout.cluster_bytes()) {
+            if offset + layout.cluster_bytes()
+                > self.image.file_bytes.next_multiple_of(layout.cluster_bytes())
+            {
                 continue;
             }
             for (at, entry) in self.read_table(offset)?.into_iter().enumerate() {
                 let Some(host) = entry.host_cluster(&layout) else { continue };
                 let alone = layout.external_data || self.counts.get(host >> layout.cluster_bits) == 1;
                 if entry.is_owned() != alone {
+                    self.report.wrong_refcounts += 1;
                     self.report.corrupt(|| format!("L2 table {index}, entry {at}: its bit 63 is wrong"));
                 }
             }

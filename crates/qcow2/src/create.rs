@@ -63,7 +63,7 @@ pub fn create(new: &NewImage) -> Vec<(u64, Vec<u8>)> {
         backing_name: new.backing.as_ref().map(|(name, _)| name.clone()),
         backing_format: new.backing.as_ref().filter(|_| new.version >= 3).map(|(_, format)| format.clone()),
         data_file_name: new.data_file.as_ref().map(|(name, _)| name.clone()),
-        has_bitmaps: false,
+        bitmaps: None,
     };
     let mut table = vec![0; (table_clusters << layout.cluster_bits) as usize];
     let mut contents = vec![(0, header.encode())];

@@ -199,8 +199,10 @@ const ALL_ZERO: u64 = 0xffff_ffff << 32;
 mod tests {
     use super::*;
 
-    const STANDARD: Layout = Layout { cluster_bits: 16, refcount_order: 4, extended: false, external_data: false };
-    const EXTENDED: Layout = Layout { cluster_bits: 16, refcount_order: 4, extended: true, external_data: false };
+    const STANDARD: Layout =
+        Layout { cluster_bits: 16, refcount_order: 4, extended: false, external_data: false };
+    const EXTENDED: Layout =
+        Layout { cluster_bits: 16, refcount_order: 4, extended: true, external_data: false };
 
     #[test]
     fn standard_cluster_descriptor() {

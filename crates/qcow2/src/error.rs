@@ -40,6 +40,8 @@ pub enum FormatError {
         offset: u64,
     },
     /// The image was marked corrupt by whoever found it so.
-    #[error("is marked corrupt: it can be read, but not be written before it was repaired (`qemu-img check -r all`)")]
+    #[error(
+        "is marked corrupt: it can be read, but not be written before it was repaired (`qemu-img check -r all`)"
+    )]
     Corrupt,
 }

@@ -127,8 +127,19 @@ pub struct Header {
     pub backing_format: Option<String>,
     /// Name of the external data file, if the image says.
     pub data_file_name: Option<String>,
-    /// There is a bitmaps extension.
-    pub has_bitmaps: bool,
+    /// The bitmaps extension.
+    pub bitmaps: Option<Bitmaps>,
+}
+
+/// Where the persistent bitmaps are (section "Bitmaps extension").
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Bitmaps {
+    /// How many.
+    pub count: u32,
+    /// Size of their directory in bytes.
+    pub directory_bytes: u64,
+    /// Where the directory is, in bytes.
+    pub directory_offset: u64,
 }
 
 impl Header {
@@ -139,7 +150,11 @@ impl Header {
     pub fn parse(bytes: &[u8]) -> Result<Self, FormatError> {
         if bytes.len() < V2_BYTES {
             let magic = if bytes.len() < 4 { 0 } else { u32_at(bytes, at::MAGIC) };
-            return Err(if magic == MAGIC { FormatError::Short("header") } else { FormatError::Magic(magic) });
+            return Err(if magic == MAGIC {
+                FormatError::Short("header")
+            } else {
+                FormatError::Magic(magic)
+            });
         }
         match u32_at(bytes, at::MAGIC) {
             MAGIC => {}
@@ -185,7 +200,7 @@ impl Header {
             backing_name: backing_name(bytes, &layout)?,
             backing_format: None,
             data_file_name: None,
-            has_bitmaps: false,
+            bitmaps: None,
         };
         let names = header.read_extensions(&first[length.min(first.len())..])?;
         // Before anything that an unknown feature may have given another meaning.
@@ -206,6 +221,15 @@ impl Header {
     #[must_use]
     pub const fn has_raw_data_file(&self) -> bool {
         self.autoclear & autoclear::RAW_DATA_FILE != 0
+    }
+
+    /// The header that the image must have before it is written to; `None` if it has that already. Features that are
+    /// cleared by whoever does not know them are; persistent bitmaps, which are not kept up to date here, are no longer
+    /// said to be.
+    #[must_use]
+    pub fn for_writing(&self) -> Option<Self> {
+        let autoclear = self.autoclear & autoclear::RAW_DATA_FILE;
+        (autoclear != self.autoclear).then(|| Self { autoclear, ..self.clone() })
     }
 
     /// Writes the fields that change in an image's life over their places in `bytes`, which holds the header as it stands
@@ -287,7 +311,13 @@ impl Header {
             match kind {
                 extension::BACKING_FORMAT => self.backing_format = Some(text()?),
                 extension::DATA_FILE_NAME => self.data_file_name = Some(text()?),
-                extension::BITMAPS => self.has_bitmaps = true,
+                extension::BITMAPS if data.len() >= 24 => {
+                    self.bitmaps = Some(Bitmaps {
+                        count: u32_at(data, 0),
+                        directory_bytes: u64_at(data, 8),
+                        directory_offset: u64_at(data, 16),
+                    });
+                }
                 extension::FEATURE_NAMES => names = feature_names(data),
                 _ => {}
             }

@@ -17,3 +17,4 @@ pub mod layout;
 pub mod map;
 pub mod readers;
 pub mod refcount;
+pub mod repair;

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
 use crate::entry::{L1Entry, L2Entry};
 use crate::layout::Layout;
 
-/// Places where a slice may be cached, where the cache does not hold all slices.
+/// Places where a slice may be cached.
 const WAYS: u64 = 8;
 /// How often a reader looks again before it asks the engine.
 const RETRIES: u32 = 8;
@@ -22,8 +22,6 @@ pub struct Map {
     layout: Layout,
     l1: Box<[OnceLock<Box<[AtomicU64]>>]>,
     slots: Box<[Slot]>,
-    /// Every slice has a slot of its own.
-    direct: bool,
 }
 
 #[derive(Debug)]
@@ -54,15 +52,12 @@ impl Map {
     #[must_use]
     pub fn new(layout: Layout, l1_entries_max: u64, cache_bytes: u64) -> Self {
         let slices = l1_entries_max.saturating_mul(layout.cluster_bytes() / layout.slice_bytes());
-        let slots = (cache_bytes / layout.slice_bytes()).max(WAYS * 2).min(slices.max(WAYS));
-        let direct = slots >= slices;
-        let slots = if direct { slots } else { slots / WAYS * WAYS };
+        let slots = (cache_bytes / layout.slice_bytes()).min(slices).max(WAYS * 2).next_multiple_of(WAYS);
         let chunks = (l1_entries_max as usize).div_ceil(L1_CHUNK);
         Self {
             layout,
             l1: (0..chunks).map(|_| OnceLock::new()).collect(),
             slots: (0..slots).map(|_| Slot::new()).collect(),
-            direct,
         }
     }
 
@@ -99,7 +94,9 @@ impl Map {
     #[must_use]
     pub fn l1(&self, index: u64) -> L1Entry {
         let chunk = self.l1.get(index as usize / L1_CHUNK).and_then(OnceLock::get);
-        chunk.map_or_else(L1Entry::default, |chunk| L1Entry(chunk[index as usize % L1_CHUNK].load(Ordering::Acquire)))
+        chunk.map_or_else(L1Entry::default, |chunk| {
+            L1Entry(chunk[index as usize % L1_CHUNK].load(Ordering::Acquire))
+        })
     }
 
     /// Changes an entry of the L1 table. The engine's.
@@ -166,15 +163,13 @@ impl Map {
     }
 
     fn find(&self, slice: u64) -> Option<&Slot> {
-        self.places(slice).map(|at| &self.slots[at]).find(|slot| slot.tag.load(Ordering::Relaxed) == slice + 1)
+        self.places(slice)
+            .map(|at| &self.slots[at])
+            .find(|slot| slot.tag.load(Ordering::Relaxed) == slice + 1)
     }
 
     /// Where a slice may be.
     fn places(&self, slice: u64) -> std::ops::Range<usize> {
-        if self.direct {
-            let at = slice as usize;
-            return at.min(self.slots.len())..(at + 1).min(self.slots.len());
-        }
         let sets = self.slots.len() as u64 / WAYS;
         // Fibonacci hashing: neighbours go to different sets, and so do tables at equal distances.
         let set = (slice.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32) % sets;
@@ -268,7 +263,8 @@ mod tests {
 
     use super::*;
 
-    const LAYOUT: Layout = Layout { cluster_bits: 16, refcount_order: 4, extended: true, external_data: false };
+    const LAYOUT: Layout =
+        Layout { cluster_bits: 16, refcount_order: 4, extended: true, external_data: false };
 
     fn words(value: u64) -> Vec<u64> {
         vec![value; 512]

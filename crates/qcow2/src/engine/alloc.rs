@@ -188,7 +188,8 @@ impl Engine {
             let order = self.layout.refcount_order;
             let Some(bytes) = self.refcount_block(block) else { return };
             let free = |index: &u64| refcount::get(bytes, order, *index as usize) == 0;
-            let found: Vec<_> = (from..per_block).filter(free).map(|index| block * per_block + index).collect();
+            let found: Vec<_> =
+                (from..per_block).filter(free).map(|index| block * per_block + index).collect();
             let (runs, next) = self.choose(found, target);
             if runs.is_empty() {
                 self.alloc.cursor = (block + 1) * per_block;
@@ -202,8 +203,7 @@ impl Engine {
             let end = runs.last().map_or(0, |run| run.start + run.count);
             // Whoever finds a mapping in the file after a crash finds its cluster in the file too.
             let longer = end > self.alloc.file_end;
-            self.alloc.reserving =
-                Some(Reservation { runs, writes: 1 + usize::from(longer), failed: false });
+            self.alloc.reserving = Some(Reservation { runs, writes: 1 + usize::from(longer), failed: false });
             if longer {
                 self.alloc.file_end = end;
                 let bytes = end << self.layout.cluster_bits;

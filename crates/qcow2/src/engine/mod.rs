@@ -359,7 +359,7 @@ impl Engine {
 }
 
 /// Words as they stand in the file.
-fn to_bytes(words: &[u64]) -> Vec<u8> {
+pub(crate) fn to_bytes(words: &[u64]) -> Vec<u8> {
     words.iter().flat_map(|word| word.to_be_bytes()).collect()
 }
 

@@ -32,9 +32,14 @@ pub(super) struct Fill {
 pub(super) enum Freed {
     Nothing,
     /// One whose refcount was one.
-    Owned { first: u64 },
+    Owned {
+        first: u64,
+    },
     /// Some whose refcounts go down.
-    Shared { first: u64, count: u64 },
+    Shared {
+        first: u64,
+        count: u64,
+    },
 }
 
 /// How a write to a cluster is carried out.

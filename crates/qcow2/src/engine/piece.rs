@@ -197,7 +197,8 @@ impl Engine {
 
     fn start_zero(&mut self, piece: Piece) {
         let Piece::Zero { ticket, guest_offset, len, unmap, discard } = piece else { return };
-        let clusters = guest_offset >> self.layout.cluster_bits..(guest_offset + len) >> self.layout.cluster_bits;
+        let clusters =
+            guest_offset >> self.layout.cluster_bits..(guest_offset + len) >> self.layout.cluster_bits;
         if let Some(busy) = clusters.clone().find(|cluster| self.pending.contains_key(cluster)) {
             return self.wait_for_cluster(busy, piece);
         }

@@ -213,7 +213,13 @@ impl Engine {
         let layout = self.layout;
         let start = block * layout.refcounts_per_block();
         let growth = if (block as usize) < self.refcounts.table.len() {
-            Some(Growth { blocks: vec![(block, start)], table: None, writes: 0, failed: false, naming: false })
+            Some(Growth {
+                blocks: vec![(block, start)],
+                table: None,
+                writes: 0,
+                failed: false,
+                naming: false,
+            })
         } else {
             self.larger_table(block)
         };
@@ -258,7 +264,13 @@ impl Engine {
         for &(index, cluster) in &blocks {
             entries[index as usize] = cluster << layout.cluster_bits;
         }
-        Some(Growth { blocks, table: Some((start, clusters, entries)), writes: 0, failed: false, naming: false })
+        Some(Growth {
+            blocks,
+            table: Some((start, clusters, entries)),
+            writes: 0,
+            failed: false,
+            naming: false,
+        })
     }
 
     pub(super) fn refcounts_grow_written(&mut self, ok: bool) {

@@ -90,7 +90,9 @@ impl Engine {
 
     /// Whether a piece must wait for a slice to be written again; it then goes on after that, or fails.
     pub(super) fn waits_for_repair(&mut self, slice: u64, piece: Piece) -> bool {
-        let Some(active) = self.slices.active.get_mut(&slice).filter(|active| active.suspect) else { return false };
+        let Some(active) = self.slices.active.get_mut(&slice).filter(|active| active.suspect) else {
+            return false;
+        };
         active.repair.push(piece);
         // What is being written now was written because of somebody before.
         if !active.in_write && !active.repairing {

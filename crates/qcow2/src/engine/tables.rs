@@ -41,7 +41,8 @@ impl Engine {
             return job.waiting.push(piece);
         }
         let old = self.map.l1(l1_index).table();
-        let words = if old.is_some() { None } else { Some(vec![0; self.layout.cluster_bytes() as usize / 8]) };
+        let words =
+            if old.is_some() { None } else { Some(vec![0; self.layout.cluster_bytes() as usize / 8]) };
         self.tables.jobs.insert(l1_index, Job { cluster: None, words, waiting: vec![piece] });
         if let Some(old) = old {
             self.read(Io::TableRead { l1_index }, old, self.layout.cluster_bytes());
@@ -77,7 +78,8 @@ impl Engine {
 
     /// Writes a table that has a place and a content.
     fn write_table(&mut self, l1_index: u64) {
-        let Some(Job { cluster: Some(cluster), words: Some(words), .. }) = self.tables.jobs.get(&l1_index) else {
+        let Some(Job { cluster: Some(cluster), words: Some(words), .. }) = self.tables.jobs.get(&l1_index)
+        else {
             return;
         };
         let (offset, data) = (cluster << self.layout.cluster_bits, to_bytes(words));
@@ -105,8 +107,9 @@ impl Engine {
             return;
         }
         let sector = self.tables.ready[0].0 / SECTOR_ENTRIES;
-        let (now, later) =
-            std::mem::take(&mut self.tables.ready).into_iter().partition(|(index, _)| index / SECTOR_ENTRIES == sector);
+        let (now, later) = std::mem::take(&mut self.tables.ready)
+            .into_iter()
+            .partition(|(index, _)| index / SECTOR_ENTRIES == sector);
         (self.tables.writing, self.tables.ready) = (now, later);
         let first = sector * SECTOR_ENTRIES;
         let mut words: Vec<_> = (first..first + SECTOR_ENTRIES).map(|index| self.map.l1(index).0).collect();

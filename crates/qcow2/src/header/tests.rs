@@ -20,7 +20,7 @@ fn header() -> Header {
         backing_name: Some("base.raw".into()),
         backing_format: Some("raw".into()),
         data_file_name: None,
-        has_bitmaps: false,
+        bitmaps: None,
     }
 }
 
@@ -91,7 +91,10 @@ fn fields_out_of_range_are_refused() {
         put_u32(&mut bytes, at::CLUSTER_BITS, wrong.layout.cluster_bits);
         put_u32(&mut bytes, at::REFCOUNT_ORDER, wrong.layout.refcount_order);
         let found = Header::parse(&bytes);
-        assert!(matches!(&found, Err(FormatError::Field { field: f, .. }) if *f == field), "{field}: {found:?}");
+        assert!(
+            matches!(&found, Err(FormatError::Field { field: f, .. }) if *f == field),
+            "{field}: {found:?}"
+        );
     }
 }
 

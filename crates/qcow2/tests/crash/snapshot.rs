@@ -18,7 +18,8 @@ struct Refcounts<'a> {
 impl Refcounts<'_> {
     fn place(&self, cluster: u64) -> Option<(u64, usize)> {
         let per_block = self.image.header.layout.refcounts_per_block();
-        let block = *self.image.refcount_table.get((cluster / per_block) as usize).filter(|&&offset| offset != 0)?;
+        let block =
+            *self.image.refcount_table.get((cluster / per_block) as usize).filter(|&&offset| offset != 0)?;
         Some((block, (cluster % per_block) as usize))
     }
 

@@ -4,6 +4,7 @@ use std::io;
 use std::rc::Rc;
 
 use qcow2::image::ReadAt;
+use qcow2::repair::WriteAt;
 
 use crate::random::Random;
 
@@ -57,6 +58,23 @@ impl ReadAt for Contents {
     }
 }
 
+impl WriteAt for Contents {
+    fn write_at(&mut self, offset: u64, data: &[u8]) -> io::Result<()> {
+        // Whole sectors of what was there, with `data` over them.
+        let first = offset / SECTOR * SECTOR;
+        let end = (offset + data.len() as u64).next_multiple_of(SECTOR);
+        let mut sectors = vec![0; (end - first) as usize];
+        self.read_at(first, &mut sectors)?;
+        sectors[(offset - first) as usize..][..data.len()].copy_from_slice(data);
+        self.write(first, &sectors);
+        Ok(())
+    }
+
+    fn sync(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
 /// A write that is not durable yet.
 struct Write {
     id: u64,
@@ -87,12 +105,14 @@ impl Store {
 
     pub(crate) fn begin_write(&mut self, id: u64, offset: u64, data: &[u8]) {
         assert!(offset.is_multiple_of(SECTOR) && (data.len() as u64).is_multiple_of(SECTOR));
-        let sectors = data.chunks_exact(SECTOR as usize).map(|s| Some(Rc::new(s.try_into().unwrap()))).collect();
+        let sectors =
+            data.chunks_exact(SECTOR as usize).map(|s| Some(Rc::new(s.try_into().unwrap()))).collect();
         self.begin(id, offset, sectors, false);
     }
 
     pub(crate) fn begin_data(&mut self, id: u64, offset: u64, data: &[u8]) {
-        let sectors = data.chunks_exact(SECTOR as usize).map(|s| Some(Rc::new(s.try_into().unwrap()))).collect();
+        let sectors =
+            data.chunks_exact(SECTOR as usize).map(|s| Some(Rc::new(s.try_into().unwrap()))).collect();
         self.begin(id, offset, sectors, true);
     }
 

@@ -270,7 +270,9 @@ impl World {
         let layout = &self.case.layout;
         let mut data = Vec::new();
         for at in (offset..offset + len).step_by(SECTOR as usize) {
-            let Lookup::Entry(entry) = self.map.look_up(at) else { panic!("a slice with changes left the map") };
+            let Lookup::Entry(entry) = self.map.look_up(at) else {
+                panic!("a slice with changes left the map")
+            };
             let mut sector = [0; SECTOR as usize];
             match entry.map(layout, layout.in_cluster(at)).0 {
                 Mapping::Zero => {}
@@ -297,7 +299,8 @@ impl World {
                         Flying::Write { io }
                     }
                     Command::Copy { io, guest_offset, len, to, zero } => {
-                        let data = if zero { vec![0; len as usize] } else { self.guest_data(guest_offset, len) };
+                        let data =
+                            if zero { vec![0; len as usize] } else { self.guest_data(guest_offset, len) };
                         self.store.begin_write(id, to, &data);
                         Flying::Copy { io }
                     }
@@ -316,7 +319,8 @@ impl World {
                 };
                 self.flying.push((id, flying));
             } else if let Some((ticket, reply)) = self.engine.next_reply() {
-                let piece = self.pieces.remove(&ticket).expect("one answer for a ticket, unless data are granted");
+                let piece =
+                    self.pieces.remove(&ticket).expect("one answer for a ticket, unless data are granted");
                 match reply {
                     Reply::Retry => self.drive(piece),
                     Reply::Write { grant, offset } => {
