@@ -41,6 +41,8 @@ struct Reservation {
     /// What of it is on its way to the file.
     writes: usize,
     failed: bool,
+    /// So many clusters in a row, for which the search goes on at this one.
+    row: Option<(u64, u64)>,
 }
 
 /// Who waits for clusters.
@@ -48,6 +50,8 @@ struct Reservation {
 pub(super) enum Waiter {
     Piece(Piece),
     Table(u64),
+    /// So many in a row.
+    Row(u64),
 }
 
 /// Clusters that may be used, and the search for more.
@@ -162,55 +166,80 @@ impl Engine {
     }
 
     /// Begins a reservation, unless one is being made.
-    fn reserve(&mut self) {
+    pub(super) fn reserve(&mut self) {
         if self.alloc.reserving.is_some() {
             return;
         }
-        self.alloc.reserving = Some(Reservation::default());
+        let row = self.alloc.waiting.iter().find_map(|waiter| match waiter {
+            Waiter::Row(count) => Some((*count, self.alloc.cursor)),
+            _ => None,
+        });
+        self.alloc.reserving = Some(Reservation { row, ..Reservation::default() });
         self.reserve_more();
     }
 
     /// Goes on with a reservation whose clusters are not chosen yet.
     pub(super) fn reserve_more(&mut self) {
-        if self.alloc.broken || self.alloc.closing {
-            return self.reserved(false);
-        }
         let per_block = self.layout.refcounts_per_block();
         loop {
-            let block = self.alloc.cursor / per_block;
-            if self.alloc.cursor >= 1 << (HOST_BITS - self.layout.cluster_bits) {
+            let row = self.alloc.reserving.as_ref().and_then(|reservation| reservation.row);
+            let cursor = row.map_or(self.alloc.cursor, |(_, cursor)| cursor);
+            let beyond = cursor >= 1 << (HOST_BITS - self.layout.cluster_bits);
+            // A row does not reach from one block to the next, and a new block holds itself.
+            let too_long = row.is_some_and(|(count, _)| count >= per_block);
+            if self.alloc.broken || self.alloc.closing || beyond || too_long {
                 return self.reserved(false);
             }
+            let block = cursor / per_block;
             if !self.refcounts.exists(block) {
                 return self.make_refcount_block(block);
             }
-            let (target, from) = (self.alloc.target, self.alloc.cursor % per_block);
             let order = self.layout.refcount_order;
             let Some(bytes) = self.refcount_block(block) else { return };
             let free = |index: &u64| refcount::get(bytes, order, *index as usize) == 0;
-            let found: Vec<_> =
-                (from..per_block).filter(free).map(|index| block * per_block + index).collect();
-            let (runs, next) = self.choose(found, target);
-            if runs.is_empty() {
-                self.alloc.cursor = (block + 1) * per_block;
-                continue;
+            let found = (cursor % per_block..per_block).filter(free).map(|index| block * per_block + index);
+            let found: Vec<_> = found.collect();
+            let (runs, next) = match row {
+                None => self.choose(found, self.alloc.target),
+                Some((count, _)) => (self.choose_row(found, count), (block + 1) * per_block),
+            };
+            let next = if runs.is_empty() { (block + 1) * per_block } else { next };
+            match self.alloc.reserving.as_mut().and_then(|reservation| reservation.row.as_mut()) {
+                Some((_, cursor)) => *cursor = next,
+                None => self.alloc.cursor = next,
             }
-            self.alloc.cursor = next;
-            for run in &runs {
-                self.set_refcounts(block, run.start % per_block, run.count);
-                self.alloc.used_up_to(run.start + run.count);
+            if !runs.is_empty() {
+                return self.write_reservation(block, runs);
             }
-            let end = runs.last().map_or(0, |run| run.start + run.count);
-            // Whoever finds a mapping in the file after a crash finds its cluster in the file too.
-            let longer = end > self.alloc.file_end;
-            self.alloc.reserving = Some(Reservation { runs, writes: 1 + usize::from(longer), failed: false });
-            if longer {
-                self.alloc.file_end = end;
-                let bytes = end << self.layout.cluster_bits;
-                self.command(Io::Extend, |io| Command::Extend { io, bytes });
-            }
-            return self.write_refcount_block(block, true);
         }
+    }
+
+    fn write_reservation(&mut self, block: u64, runs: Vec<Run>) {
+        for run in &runs {
+            self.set_refcounts(block, run.start % self.layout.refcounts_per_block(), run.count);
+            self.alloc.used_up_to(run.start + run.count);
+        }
+        let end = runs.last().map_or(0, |run| run.start + run.count);
+        // Whoever finds a mapping in the file after a crash finds its cluster in the file too.
+        let longer = end > self.alloc.file_end;
+        if let Some(reservation) = &mut self.alloc.reserving {
+            reservation.runs = runs;
+            reservation.writes = 1 + usize::from(longer);
+        }
+        if longer {
+            self.alloc.file_end = end;
+            let bytes = end << self.layout.cluster_bits;
+            self.command(Io::Extend, |io| Command::Extend { io, bytes });
+        }
+        self.write_refcount_block(block, true);
+    }
+
+    /// The first `count` in a row among the free clusters found.
+    fn choose_row(&self, found: Vec<u64>, count: u64) -> Vec<Run> {
+        let usable = |cluster: &u64| *cluster != 0 && !self.alloc.metadata.contains(cluster);
+        let found: Vec<_> = found.into_iter().filter(usable).collect();
+        let row = found.windows(count as usize).find(|row| row[row.len() - 1] - row[0] == count - 1);
+        row.map(|row| Run { start: row[0], count, zeroed: false }).into_iter().collect()
     }
 
     /// Up to `target` of the free clusters found, in runs; and where the search goes on.
@@ -255,19 +284,34 @@ impl Engine {
 
     /// A reservation is durable, or failed.
     pub(super) fn reserved(&mut self, ok: bool) {
-        let runs = self.alloc.reserving.take().unwrap_or_default().runs;
-        let waiting = std::mem::take(&mut self.alloc.waiting);
+        let Reservation { runs, row, .. } = self.alloc.reserving.take().unwrap_or_default();
+        if row.is_some() {
+            self.alloc.waiting.retain(|waiter| !matches!(waiter, Waiter::Row(_)));
+            self.row_reserved(runs.first().map(|run| run.start).filter(|_| ok));
+            if !self.alloc.waiting.is_empty() {
+                self.reserve();
+            }
+            return;
+        }
         if ok {
             self.alloc.runs.extend(runs);
             self.alloc.target = (self.alloc.target * 2).min(self.alloc.target_max);
         }
+        let (rows, waiting): (Vec<_>, Vec<_>) = std::mem::take(&mut self.alloc.waiting)
+            .into_iter()
+            .partition(|waiter| matches!(waiter, Waiter::Row(_)));
+        self.alloc.waiting = rows;
         for waiter in waiting {
             match waiter {
                 Waiter::Piece(piece) if ok => self.restart.push_back(piece),
                 Waiter::Piece(piece) => self.fail(piece),
                 Waiter::Table(l1_index) if ok => self.place_table(l1_index),
                 Waiter::Table(l1_index) => self.fail_table(l1_index),
+                Waiter::Row(_) => {}
             }
+        }
+        if !self.alloc.waiting.is_empty() {
+            self.reserve();
         }
     }
 

@@ -1,7 +1,7 @@
 //! Barriers: at most one is under way, and everything that asks meanwhile shares the next.
 
 use super::slices::Change;
-use super::{Command, Engine, Io};
+use super::{Command, Engine, Io, Ticket};
 
 /// What goes on when a barrier is over.
 #[derive(Debug)]
@@ -14,6 +14,12 @@ pub(super) enum Then {
     Reserved,
     /// A step of growing the refcount structures.
     RefcountsGrow,
+    /// A copy of the L1 table.
+    L1Copy,
+    /// Everything that a larger disk shows.
+    Size { bytes: u64, ticket: Ticket },
+    /// A changed header.
+    Header,
     /// Clusters whose references are durably gone.
     Limbo { upto: u64 },
 }
@@ -46,6 +52,9 @@ impl Engine {
                 Then::Table { l1_index } => self.table_durable(l1_index, ok),
                 Then::Reserved => self.reserved(ok),
                 Then::RefcountsGrow => self.refcounts_grow_durable(ok),
+                Then::L1Copy => self.l1_copy_durable(ok),
+                Then::Size { bytes, ticket } => self.size_may_change(bytes, ticket, ok),
+                Then::Header => self.header_durable(ok),
                 Then::Limbo { upto } => self.limbo_durable(upto, ok),
             }
         }

@@ -11,6 +11,7 @@
 //!   older data or where the cluster held something else (`pending`).
 //! * An L2 table is durable before its L1 entry is written (`tables`), a refcount block before its table's entry, a grown
 //!   table before the header that names it (`refcounts`).
+//! * A moved table is durable before the header names it (`head`).
 //! * A reference is durably gone before its cluster is used again, and no thread still reads or writes there (`limbo`).
 //! * A request is answered when all of that was written: it survives the death of the service. A barrier after it makes
 //!   it survive the death of the host; flushes need nothing from the engine.
@@ -19,10 +20,12 @@
 
 mod alloc;
 mod barrier;
+mod head;
 mod limbo;
 mod pending;
 mod piece;
 mod refcounts;
+mod resize;
 mod slices;
 mod tables;
 
@@ -31,10 +34,12 @@ use std::sync::Arc;
 
 use self::alloc::Allocator;
 use self::barrier::Barrier;
+use self::head::Head;
 use self::limbo::Limbo;
 use self::pending::{Grant, Pending};
 use self::piece::Piece;
 use self::refcounts::Refcounts;
+use self::resize::Move;
 use self::slices::Slices;
 use self::tables::Tables;
 use crate::entry::L1Entry;
@@ -157,6 +162,8 @@ enum Io {
     TableRead { l1_index: u64 },
     TableWrite { l1_index: u64 },
     L1Write,
+    L1Copy,
+    Header,
     RefcountBlockRead { block: u64 },
     RefcountBlockWrite { block: u64 },
     RefcountsGrow,
@@ -189,6 +196,9 @@ pub struct Engine {
     /// Requests that zero several clusters: who asked, how many are left, whether all went well so far.
     zeroing: HashMap<u64, (Ticket, usize, bool)>,
     barrier: Barrier,
+    head: Head,
+    /// The L1 table, if it is being moved.
+    moving: Option<Move>,
     refcounts: Refcounts,
     alloc: Allocator,
     limbo: Limbo,
@@ -239,6 +249,8 @@ impl Engine {
             grants: HashMap::new(),
             zeroing: HashMap::new(),
             barrier: Barrier::default(),
+            head: Head::default(),
+            moving: None,
             limbo: Limbo::default(),
         }
     }
@@ -280,6 +292,8 @@ impl Engine {
             Io::TableRead { l1_index } => self.table_read(l1_index, ok, data),
             Io::TableWrite { l1_index } => self.table_written(l1_index, ok),
             Io::L1Write => self.l1_written(ok),
+            Io::L1Copy => self.l1_copied(ok),
+            Io::Header => self.header_written(ok),
             Io::RefcountBlockRead { block } => self.refcount_block_read(block, ok, data),
             Io::RefcountBlockWrite { block } => self.refcount_block_written(block, ok),
             Io::RefcountsGrow => self.refcounts_grow_written(ok),
@@ -326,6 +340,7 @@ impl Engine {
             }
             self.write_slices();
             self.write_l1();
+            self.copy_l1();
             self.move_limbo();
             self.start_barrier();
             if self.restart.is_empty() {

@@ -50,10 +50,10 @@ impl Engine {
     /// Does for a piece what can be done now.
     pub(super) fn start(&mut self, piece: Piece) {
         let offset = piece.guest_offset();
-        if offset >= self.header.disk_bytes {
+        let l1_index = self.layout.l1_index(offset);
+        if l1_index >= self.header.l1_entries {
             return self.fail(piece);
         }
-        let l1_index = self.layout.l1_index(offset);
         let table = self.map.l1(l1_index);
         if !table.is_valid(&self.layout) {
             return self.fail(piece);

@@ -6,6 +6,7 @@
 use std::collections::HashMap;
 
 use super::barrier::Then;
+use super::head::HeaderChange;
 use super::pending::Freed;
 use super::tables::SECTOR_BYTES;
 use super::{Engine, Io, to_bytes};
@@ -292,17 +293,13 @@ impl Engine {
             return self.growth_failed();
         }
         if growth.naming {
-            return self.adopt_growth();
+            return self.adopt_growth(None);
         }
         growth.naming = true;
         growth.writes = 1;
         if let Some((first, clusters, _)) = growth.table {
-            let mut header = self.header.clone();
-            header.refcount_table_offset = first << self.layout.cluster_bits;
-            header.refcount_table_clusters = clusters;
-            let mut sector = self.header_sector.clone();
-            header.update(&mut sector);
-            return self.write_metadata(Io::RefcountsGrow, 0, sector);
+            let offset = first << self.layout.cluster_bits;
+            return self.change_header(HeaderChange::RefcountTable { offset, clusters });
         }
         let Some(&(index, cluster)) = growth.blocks.first() else { return };
         let per_sector = SECTOR_BYTES as usize / 8;
@@ -313,8 +310,17 @@ impl Engine {
         self.write_metadata(Io::RefcountsGrow, offset, to_bytes(&entries));
     }
 
-    /// The new structures are the image's.
-    fn adopt_growth(&mut self) {
+    /// The header names the new table; or nobody knows which it names.
+    pub(super) fn growth_named(&mut self, ok: bool, old: &Header) {
+        if ok {
+            self.adopt_growth(Some(old));
+        } else {
+            self.growth_failed();
+        }
+    }
+
+    /// The new structures are the image's; `old` is the header before, if there is a new table.
+    fn adopt_growth(&mut self, old: Option<&Header>) {
         let Some(growth) = self.refcounts.growth.take() else { return };
         let cluster_bits = self.layout.cluster_bits;
         for &(index, cluster) in &growth.blocks {
@@ -323,9 +329,9 @@ impl Engine {
                 self.refcounts.table[index as usize] = cluster << cluster_bits;
             }
         }
-        if let Some((first, clusters, entries)) = growth.table {
-            let old = self.header.refcount_table_offset >> cluster_bits;
-            for cluster in old..old + self.header.refcount_table_clusters {
+        if let (Some((first, clusters, entries)), Some(old)) = (growth.table, old) {
+            let old_first = old.refcount_table_offset >> cluster_bits;
+            for cluster in old_first..old_first + old.refcount_table_clusters {
                 self.alloc.no_metadata(cluster);
                 self.free(Freed::Owned { first: cluster });
             }
@@ -333,11 +339,6 @@ impl Engine {
                 self.alloc.is_metadata(cluster);
             }
             self.refcounts.table = entries;
-            self.header.refcount_table_offset = first << cluster_bits;
-            self.header.refcount_table_clusters = clusters;
-            let mut sector = std::mem::take(&mut self.header_sector);
-            self.header.update(&mut sector);
-            self.header_sector = sector;
         }
         self.reserve_more();
     }

@@ -32,11 +32,35 @@ pub(super) struct Tables {
     /// L1 entries to be written: index, host cluster.
     ready: Vec<(u64, u64)>,
     writing: Vec<(u64, u64)>,
+    /// Which L1 table the header names is not known: its entries are not changed any more.
+    broken: bool,
+}
+
+impl Tables {
+    pub(super) fn is_broken(&self) -> bool {
+        self.broken
+    }
+
+    pub(super) fn set_broken(&mut self) {
+        self.broken = true;
+    }
+
+    pub(super) fn is_writing_l1(&self) -> bool {
+        !self.writing.is_empty()
+    }
+
+    /// Takes those that would be written next.
+    pub(super) fn waiting_for_l1(&mut self) -> Vec<u64> {
+        self.ready.drain(..).map(|(l1_index, _)| l1_index).collect()
+    }
 }
 
 impl Engine {
     /// `piece` goes on when the L1 entry names a table of the image's own.
     pub(super) fn make_table(&mut self, l1_index: u64, piece: Piece) {
+        if self.tables.broken {
+            return self.fail(piece);
+        }
         if let Some(job) = self.tables.jobs.get_mut(&l1_index) {
             return job.waiting.push(piece);
         }
@@ -96,14 +120,16 @@ impl Engine {
 
     pub(super) fn table_durable(&mut self, l1_index: u64, ok: bool) {
         match self.tables.jobs.get(&l1_index) {
-            Some(Job { cluster: Some(cluster), .. }) if ok => self.tables.ready.push((l1_index, *cluster)),
+            Some(Job { cluster: Some(cluster), .. }) if ok && !self.tables.broken => {
+                self.tables.ready.push((l1_index, *cluster))
+            }
             _ => self.fail_table(l1_index),
         }
     }
 
     /// Writes L1 entries, those of one sector at a time.
     pub(super) fn write_l1(&mut self) {
-        if !self.tables.writing.is_empty() || self.tables.ready.is_empty() {
+        if self.tables.is_writing_l1() || self.tables.ready.is_empty() || self.l1_is_frozen() {
             return;
         }
         let sector = self.tables.ready[0].0 / SECTOR_ENTRIES;

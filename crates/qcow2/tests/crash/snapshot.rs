@@ -109,12 +109,15 @@ pub(crate) fn take(contents: &Contents) -> Option<Contents> {
 /// What the snapshot holds.
 pub(crate) fn read(contents: &Contents, backing_sectors: u64) -> Vec<Value> {
     let mut image = Image::read(contents).unwrap();
-    let mut bytes = [0; 8];
-    contents.read_at(image.header.snapshots_offset, &mut bytes).unwrap();
-    let at = u64::from_be_bytes(bytes);
-    for (index, entry) in image.l1.iter_mut().enumerate() {
-        contents.read_at(at + index as u64 * 8, &mut bytes).unwrap();
-        *entry = L1Entry(u64::from_be_bytes(bytes));
-    }
+    let word = |at: u64| {
+        let mut bytes = [0; 8];
+        contents.read_at(at, &mut bytes).unwrap();
+        u64::from_be_bytes(bytes)
+    };
+    // The disk may have grown since, and its L1 table.
+    let at = image.header.snapshots_offset;
+    let (l1, entries) = (word(at), word(at + 8) >> 32);
+    image.header.disk_bytes = word(at + 48);
+    image.l1 = (0..entries).map(|index| L1Entry(word(l1 + index * 8))).collect();
     read_all(contents, &image, backing_sectors)
 }

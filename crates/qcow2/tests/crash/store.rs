@@ -131,7 +131,14 @@ impl Store {
         // Two writes to the same place at once would end in any order: the engine never asks for that.
         for other in self.writes.iter().filter(|other| !other.done && !(data && other.data)) {
             let apart = other.first + other.sectors.len() <= first || first + sectors.len() <= other.first;
-            assert!(apart, "writes {id} and {} overlap at sector {first}", other.id);
+            assert!(
+                apart,
+                "write {id} of {} sectors from {first} on overlaps {} of {} from {} on",
+                sectors.len(),
+                other.id,
+                other.sectors.len(),
+                other.first
+            );
         }
         self.writes.push(Write { id, first, sectors, done: false, data });
     }

@@ -28,6 +28,8 @@ pub(crate) struct Case {
     pub(crate) fresh_is_zero: bool,
     pub(crate) punch: bool,
     pub(crate) queue_depth: usize,
+    /// How large the disk may become.
+    pub(crate) sectors_max: u64,
     /// The guest changes places that it is changing.
     pub(crate) racing: bool,
     /// One command in so many fails; 0 for none.
@@ -62,6 +64,21 @@ struct Piece {
     kind: Kind,
 }
 
+/// A resize, by its steps.
+#[derive(Clone, Copy)]
+enum Resize {
+    MakeRoom {
+        sectors: u64,
+    },
+    /// Data of the backing file behind the old end are hidden.
+    Hide {
+        sectors: u64,
+    },
+    SetSize {
+        sectors: u64,
+    },
+}
+
 /// What is on its way to the file or from it.
 enum Flying {
     Read { io: IoId, offset: u64, len: usize },
@@ -83,6 +100,8 @@ pub(crate) struct World {
     queues: Vec<Reader>,
     ops: std::collections::BTreeMap<u64, Op>,
     pieces: std::collections::BTreeMap<u64, Piece>,
+    /// A resize under way, and the ticket of its step.
+    resize: Option<(u64, Resize)>,
     flying: Vec<(u64, Flying)>,
     model: Model,
     next: u64,
@@ -129,10 +148,13 @@ impl World {
 
     /// An image that is there already.
     pub(crate) fn over(case: Case, seed: u64, contents: Contents) -> Self {
-        let (engine, queues) = open(&case, &contents);
         let image = Image::read(&contents).unwrap();
+        let case = Case { disk_sectors: image.header.disk_bytes / SECTOR, ..case };
+        let (engine, queues) = open(&case, &contents);
         let snapshot = (image.header.snapshots > 0).then(|| snapshot::read(&contents, case.backing_sectors));
-        let model = Model::new(read_all(&contents, &image, case.backing_sectors));
+        let mut values = read_all(&contents, &image, case.backing_sectors);
+        values.resize(case.sectors_max as usize, 0);
+        let model = Model::new(values);
         Self {
             case,
             random: Random::new(seed),
@@ -142,6 +164,7 @@ impl World {
             queues,
             ops: Default::default(),
             pieces: Default::default(),
+            resize: None,
             flying: Vec::new(),
             model,
             next: 1,
@@ -173,7 +196,48 @@ impl World {
         true
     }
 
+    /// Begins to grow the disk by some clusters.
+    fn grow(&mut self) {
+        let cluster = self.case.layout.cluster_bytes() / SECTOR;
+        let sectors = self.case.disk_sectors + cluster * (1 + self.random.below(40));
+        if self.resize.is_none() && sectors <= self.case.sectors_max {
+            let ticket = self.id();
+            self.resize = Some((ticket, Resize::MakeRoom { sectors }));
+            self.engine.make_room(ticket, sectors * SECTOR);
+        }
+    }
+
+    /// A step of the resize is over.
+    fn resized(&mut self, step: Resize, ok: bool) {
+        self.resize = None;
+        if !ok {
+            self.failed += 1;
+            return;
+        }
+        let ticket = self.id();
+        match step {
+            Resize::MakeRoom { sectors } => {
+                let cluster = self.case.layout.cluster_bytes() / SECTOR;
+                let hidden =
+                    self.case.disk_sectors..self.case.backing_sectors.next_multiple_of(cluster).min(sectors);
+                self.resize = Some((ticket, Resize::Hide { sectors }));
+                if hidden.is_empty() {
+                    return self.resized(Resize::Hide { sectors }, true);
+                }
+                self.begin(Kind::Zero { unmap: true }, hidden, false, ticket);
+            }
+            Resize::Hide { sectors } => {
+                self.resize = Some((ticket, Resize::SetSize { sectors }));
+                self.engine.set_size(ticket, sectors * SECTOR);
+            }
+            Resize::SetSize { sectors } => self.case.disk_sectors = sectors,
+        }
+    }
+
     fn request(&mut self) {
+        if self.random.one_in(30) {
+            return self.grow();
+        }
         if self.random.one_in(8) {
             if self.model.begin_flush() {
                 let id = self.id();
@@ -205,6 +269,11 @@ impl World {
             _ => Kind::Write(id),
         };
         self.model.begin_write(sectors.clone(), if let Kind::Write(value) = kind { value } else { 0 });
+        self.begin(kind, sectors, raced, id);
+    }
+
+    /// Begins a request, piece by piece.
+    fn begin(&mut self, kind: Kind, sectors: std::ops::Range<u64>, raced: bool, id: u64) {
         let queue = self.random.below(2) as usize;
         let epoch = self.queues[queue].begin();
         let unit = match kind {
@@ -319,6 +388,12 @@ impl World {
                 };
                 self.flying.push((id, flying));
             } else if let Some((ticket, reply)) = self.engine.next_reply() {
+                if let Some((resize, step)) = self.resize
+                    && resize == ticket
+                {
+                    self.resized(step, reply == Reply::Done);
+                    continue;
+                }
                 let piece =
                     self.pieces.remove(&ticket).expect("one answer for a ticket, unless data are granted");
                 match reply {
@@ -356,6 +431,11 @@ impl World {
         }
         let op = self.ops.remove(&piece.op).unwrap();
         self.queues[op.queue].end(op.epoch);
+        if let Some((ticket, step)) = self.resize
+            && ticket == piece.op
+        {
+            return self.resized(step, !op.failed);
+        }
         if op.failed {
             // It may have come to pass or not, in any part.
             self.failed += 1;
@@ -445,11 +525,15 @@ impl World {
         let values = read_all(&contents, &image, self.case.backing_sectors);
         if power_cut {
             self.store = Store::new(contents.clone());
+            let mut values = values;
+            values.resize(self.case.sectors_max as usize, 0);
             self.model = Model::new(values);
         } else {
             self.store.killed(contents.clone());
             self.model.killed(&values);
         }
+        self.case.disk_sectors = image.header.disk_bytes / SECTOR;
+        self.resize = None;
         (self.engine, self.queues) = open(&self.case, &contents);
         self.map = self.engine.map().clone();
         self.ops.clear();
@@ -460,6 +544,7 @@ impl World {
     /// Lets everything that is on its way end.
     pub(crate) fn drain(&mut self) {
         while self.step(false) {}
+        assert!(self.resize.is_none(), "a resize that nothing will ever end");
         assert!(self.ops.is_empty(), "requests that nothing will ever answer");
         assert_eq!(self.engine.backlog(), Default::default());
     }
