@@ -157,7 +157,7 @@ pub struct Backlog {
 /// Ends of commands, by what is done then.
 #[derive(Debug)]
 enum Io {
-    SliceRead { slice: u64 },
+    SliceRead { slice: u64, offset: u64 },
     SliceWrite { slice: u64 },
     TableRead { l1_index: u64 },
     TableWrite { l1_index: u64 },
@@ -287,7 +287,7 @@ impl Engine {
     pub fn completed(&mut self, io: IoId, ok: bool, data: &[u8]) {
         let Some(what) = self.ios.remove(&io) else { return };
         match what {
-            Io::SliceRead { slice } => self.slice_read(slice, ok, data),
+            Io::SliceRead { slice, offset } => self.slice_read(slice, offset, ok, data),
             Io::SliceWrite { slice } => self.slice_written(slice, ok),
             Io::TableRead { l1_index } => self.table_read(l1_index, ok, data),
             Io::TableWrite { l1_index } => self.table_written(l1_index, ok),

@@ -67,24 +67,22 @@ impl Engine {
         let readers = &mut self.slices.active.entry(slice).or_default().readers;
         readers.push(piece);
         if readers.len() == 1 {
-            self.read(Io::SliceRead { slice }, offset, self.layout.slice_bytes());
+            self.read(Io::SliceRead { slice, offset }, offset, self.layout.slice_bytes());
         }
     }
 
-    pub(super) fn slice_read(&mut self, slice: u64, ok: bool, data: &[u8]) {
-        let Some(active) = self.slices.active.remove(&slice) else { return };
-        if !ok {
-            for piece in active.readers {
-                self.fail(piece);
-            }
-            return;
-        }
-        let words = to_words(data);
-        let slices = &self.slices.active;
-        if self.map.fill(slice, &words, |other| slices.contains_key(&other)) {
-            self.restart.extend(active.readers);
+    pub(super) fn slice_read(&mut self, slice: u64, offset: u64, ok: bool, data: &[u8]) {
+        let Some(active) = self.slices.active.get_mut(&slice) else { return };
+        let readers = std::mem::take(&mut active.readers);
+        // Its table may have been copied meanwhile, and changed since.
+        let current = self.slice_offset(slice) == Some(offset) && !self.map.has(slice);
+        self.let_slice_go(slice);
+        if current && !ok {
+            readers.into_iter().for_each(|piece| self.fail(piece));
+        } else if !current || self.fill_slice(slice, &to_words(data)) {
+            self.restart.extend(readers);
         } else {
-            self.slices.crowded.extend(active.readers);
+            self.slices.crowded.extend(readers);
         }
     }
 
@@ -102,10 +100,10 @@ impl Engine {
         true
     }
 
-    /// A table that was just made holds nothing: its slices need not be read.
-    pub(super) fn fill_slice(&mut self, slice: u64, words: &[u64]) {
+    /// Puts a slice into the map; false if slices that must stay take all the room.
+    pub(super) fn fill_slice(&mut self, slice: u64, words: &[u64]) -> bool {
         let slices = &self.slices.active;
-        self.map.fill(slice, words, |other| slices.contains_key(&other));
+        self.map.fill(slice, words, |other| slices.contains_key(&other))
     }
 
     /// Puts a new entry on its way to the file. The slice is in the map and stays there.
