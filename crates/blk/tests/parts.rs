@@ -2,14 +2,17 @@
 #![allow(clippy::unwrap_used, reason = "tests")]
 
 mod fake;
+mod fuse;
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use blk::backends::file::{Direct, Engine, File, FileOptions, Lock};
 use blk::{Backend, Blk, Options};
 use fake::{FLUSH, IN, OK, OUT, Rig, Ring, Sent, WRITE_ZEROES, header, pattern, range};
+use fuse::Failing;
 use virtio::Device;
 
 const BYTES: u64 = 1 << 20;
@@ -30,15 +33,19 @@ impl Storage {
     }
 
     fn device(name: &str) -> Option<Self> {
-        let mut storage = Self::file(name);
+        Self::file(name).attached()
+    }
+
+    /// The same with the device.
+    fn attached(mut self) -> Option<Self> {
         let output = Command::new("losetup")
-            .args(["--find", "--show", "--sector-size", "4096"])
-            .arg(&storage.file)
+            .args(["--find", "--show", "--sector-size", "4096", "--direct-io=on"])
+            .arg(&self.file)
             .output();
         match output {
             Ok(output) if output.status.success() => {
-                storage.device = Some(PathBuf::from(String::from_utf8_lossy(&output.stdout).trim()));
-                Some(storage)
+                self.device = Some(PathBuf::from(String::from_utf8_lossy(&output.stdout).trim()));
+                Some(self)
             }
             failed => {
                 needs::skip(format_args!("no loop device: {failed:?}"));
@@ -96,6 +103,35 @@ fn a_part_of_a_block_is_read_as_it_was_written() {
             assert!(found[..512] == part && found[512..] == data[512..], "{context}, round {round}");
         }
     });
+}
+
+/// The same where the write takes until the read is over: what the system reads ahead is old.
+#[test]
+fn what_is_read_beside_a_write_under_way_does_not_last() {
+    let Some(slow) = Failing::new(BYTES as usize) else { return };
+    let Some(storage) = (Storage { device: None, file: slow.path_for_others() }).attached() else { return };
+    let disk = File::open(storage.path(), FileOptions { engine: Engine::Uring, ..FileOptions::default() });
+    let mut rig = Rig::new(Arc::new(disk.unwrap()), Ring::SPLIT);
+    let (data, part) = (pattern(4096, 9), pattern(512, 10));
+    slow.hold_writes();
+    let write = rig.send(&[&header(OUT, 16), &data], &[1]);
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while slow.held_writes() == 0 {
+        if Instant::now() > deadline {
+            slow.release_writes();
+            return needs::skip("a loop device that has a cache of its own");
+        }
+        rig.turn();
+    }
+    assert_eq!(rig.read(0, 512), [0; 512]);
+    slow.release_writes();
+    assert_eq!(rig.wait(write).status(), OK);
+    assert!(rig.read(16, 512) == data[..512], "old data are read");
+    rig.write(16, &part);
+    assert_eq!(rig.status(FLUSH, 0, &[], 0), OK);
+    let found = rig.read(16, 4096);
+    let old = (1..8).filter(|i| found[i * 512..][..512] != data[i * 512..][..512]).count();
+    assert!(old == 0 && found[..512] == part, "{old} of the other 7 sectors are old again");
 }
 
 /// A small generator of test data; the sequence is the same in every run.
@@ -176,9 +212,9 @@ fn parts_written_by_several_queues_at_once_all_last() {
             }
         }
         // A queue may wait for blocks of another's request: all of them turn.
-        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(20);
+        let deadline = Instant::now() + Duration::from_secs(20);
         while rigs.iter().zip(&flights).any(|(rig, flights)| flights.iter().any(|f| !rig.is_back(&f.sent))) {
-            assert!(std::time::Instant::now() < deadline, "{context}: requests do not come back");
+            assert!(Instant::now() < deadline, "{context}: requests do not come back");
             for rig in &mut rigs {
                 rig.turn();
             }

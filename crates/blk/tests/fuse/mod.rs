@@ -3,7 +3,7 @@
 //! The system keeps what is written in its page cache until it is asked to make it durable, as for a disk. The file
 //! system is mounted nowhere: it is reached through a descriptor, and is gone with the process whatever becomes of it.
 #![allow(clippy::unwrap_used, reason = "a test that cannot set up is over")]
-#![allow(unreachable_pub, reason = "a module of tests")]
+#![allow(dead_code, unreachable_pub, reason = "each test uses a part of it")]
 #![allow(unsafe_code, reason = "no library has these calls")]
 
 use std::ffi::CStr;
@@ -53,12 +53,15 @@ struct Store {
     bad: Mutex<Range<u64>>,
     fsync_fails: AtomicBool,
     fsyncs: AtomicU64,
+    /// Requests to write that wait, if they are to.
+    held: Mutex<Option<Vec<Vec<u8>>>>,
 }
 
 /// The file system.
 #[derive(Debug)]
 pub struct Failing {
     store: Arc<Store>,
+    device: Arc<File>,
     mount: OwnedFd,
 }
 
@@ -70,9 +73,10 @@ impl Failing {
             bad: Mutex::new(0..0),
             fsync_fails: AtomicBool::new(false),
             fsyncs: AtomicU64::new(0),
+            held: Mutex::new(None),
         });
         match mount(&store) {
-            Ok(mount) => Some(Self { store, mount }),
+            Ok((device, mount)) => Some(Self { store, device, mount }),
             Err(error) => {
                 needs::skip(format_args!("no FUSE file system: {error}"));
                 None
@@ -83,6 +87,29 @@ impl Failing {
     /// Where its file is, for this process.
     pub fn path(&self) -> PathBuf {
         PathBuf::from(format!("/proc/self/fd/{}/disk", self.mount.as_raw_fd()))
+    }
+
+    /// Where its file is, for other processes.
+    pub fn path_for_others(&self) -> PathBuf {
+        PathBuf::from(format!("/proc/{}/fd/{}/disk", std::process::id(), self.mount.as_raw_fd()))
+    }
+
+    /// Does no write until [`Failing::release_writes`]. What reads find is what was there before.
+    pub fn hold_writes(&self) {
+        *self.store.held.lock().unwrap() = Some(Vec::new());
+    }
+
+    /// How many writes wait.
+    pub fn held_writes(&self) -> usize {
+        self.store.held.lock().unwrap().as_ref().map_or(0, Vec::len)
+    }
+
+    /// Does the writes that waited.
+    pub fn release_writes(&self) {
+        let held = self.store.held.lock().unwrap().take();
+        for request in held.into_iter().flatten() {
+            rustix::io::write(&self.device, &answer(&request, &self.store).unwrap()).unwrap();
+        }
     }
 
     /// Makes all writes to a range of bytes fail.
@@ -107,10 +134,10 @@ impl Failing {
 }
 
 /// Makes the file system and serves it on a thread, until nobody has it open any more.
-fn mount(store: &Arc<Store>) -> io::Result<OwnedFd> {
+fn mount(store: &Arc<Store>) -> io::Result<(Arc<File>, OwnedFd)> {
     const FSCONFIG_SET_STRING: libc::c_uint = 1;
     const FSCONFIG_CMD_CREATE: libc::c_uint = 6;
-    let device = File::options().read(true).write(true).open("/dev/fuse")?;
+    let device = Arc::new(File::options().read(true).write(true).open("/dev/fuse")?);
     // SAFETY: the name is a string that ends with a 0.
     let context = made(unsafe { libc::syscall(libc::SYS_fsopen, c"fuse".as_ptr(), 1) })?;
     let configure = |command: libc::c_uint, key: Option<&CStr>, value: Option<&CStr>| {
@@ -130,9 +157,9 @@ fn mount(store: &Arc<Store>) -> io::Result<OwnedFd> {
     configure(FSCONFIG_CMD_CREATE, None, None)?;
     // SAFETY: passes three numbers.
     let mount = made(unsafe { libc::syscall(libc::SYS_fsmount, context.as_raw_fd(), 1, 0) })?;
-    let store = store.clone();
-    std::thread::Builder::new().name("fuse".into()).spawn(move || serve(&device, &store))?;
-    Ok(mount)
+    let (store, served) = (store.clone(), device.clone());
+    std::thread::Builder::new().name("fuse".into()).spawn(move || serve(&served, &store))?;
+    Ok((device, mount))
 }
 
 /// The descriptor that a system call has made.
@@ -147,6 +174,12 @@ fn serve(device: &File, store: &Store) {
     loop {
         match rustix::io::read(device, &mut request) {
             Ok(len) => {
+                if u32_at(&request, 4) == opcode::WRITE
+                    && let Some(held) = &mut *store.held.lock().unwrap()
+                {
+                    held.push(request[..len].to_vec());
+                    continue;
+                }
                 if let Some(reply) = answer(&request[..len], store) {
                     // Whoever asked may have been interrupted.
                     let _ = rustix::io::write(device, &reply);
