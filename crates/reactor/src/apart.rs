@@ -16,7 +16,7 @@ use std::thread;
 
 use rustix::event::epoll;
 
-use crate::helpers::run_as_helper;
+use crate::spare::run_as_helper;
 
 /// Runs `run` on a new thread whose table of descriptors has `fds` and no others. Neither the calling thread's table
 /// nor anything but `fds` is seen there, so `run` captures nothing. Returns when the descriptors have changed hands. It

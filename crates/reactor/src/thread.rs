@@ -16,10 +16,10 @@ use rustix::thread::{CpuSet, sched_setaffinity, set_current_timer_slack};
 pub(crate) use message::{Build, Message, Refusal};
 
 use crate::epoll::Epoll;
-use crate::helpers::BoundCpu;
 use crate::mailbox::{Outbox, mailbox};
 use crate::policy::Mode;
 use crate::record::Record;
+use crate::spare::BoundCpu;
 use crate::stats::ThreadCounters;
 use crate::{Budget, Clock, Error};
 
