@@ -18,6 +18,9 @@ pub struct Geometry {
     /// Smallest efficient unit in bytes, a power of two of at least 512. Offsets and lengths of reads and writes need
     /// not be multiples.
     pub block_bytes: u32,
+    /// The least that the storage itself reads and writes, in bytes: 512, 1024, 2048 or 4096. Less is possible, at the
+    /// price of reading and writing all of it.
+    pub logical_block_bytes: u32,
     /// Nothing may be written.
     pub read_only: bool,
     /// `Flush` does something: writes are not durable before it.
@@ -38,6 +41,7 @@ impl Geometry {
         Self {
             bytes: bytes & !511,
             block_bytes: 512,
+            logical_block_bytes: 512,
             read_only: false,
             flush: false,
             discard: false,

@@ -67,10 +67,10 @@ pub(crate) fn space(
     put(0, &sectors.to_le_bytes());
     // seg_max; size_max (at 8) and the CHS geometry (at 16) are not offered.
     put(12, &SEG_MAX.min(u32::from(options.queue_size_max).saturating_sub(2)).max(1).to_le_bytes());
-    put(20, &options.logical_block_bytes.to_le_bytes());
+    put(20, &geometry.logical_block_bytes.to_le_bytes());
     // Topology, in logical blocks: physical_block_exp, alignment_offset, min_io_size, opt_io_size.
-    let physical_bytes = geometry.block_bytes.max(options.logical_block_bytes);
-    let logical_per_physical = physical_bytes / options.logical_block_bytes;
+    let physical_bytes = geometry.block_bytes.max(geometry.logical_block_bytes);
+    let logical_per_physical = physical_bytes / geometry.logical_block_bytes;
     put(24, &[logical_per_physical.trailing_zeros() as u8, 0]);
     put(26, &(logical_per_physical as u16).to_le_bytes());
     put(WRITEBACK_OFFSET as usize, &[u8::from(writeback)]);

@@ -30,9 +30,9 @@ pub struct Options {
     pub queue_size_max: u16,
     /// What the disk calls itself: up to 20 ASCII characters.
     pub serial: String,
-    /// The block size the driver is told to use: 512 to 4096 bytes, a power of two. Requests are in units of 512 bytes
-    /// all the same.
-    pub logical_block_bytes: u32,
+    /// The block size the driver is told to use: 512 to 4096 bytes, a power of two; None is the storage's. Requests are
+    /// in units of 512 bytes all the same.
+    pub logical_block_bytes: Option<u32>,
     /// Refuse writes even where the storage would take them.
     pub read_only: bool,
     /// The most that all queues together may do.
@@ -40,13 +40,13 @@ pub struct Options {
 }
 
 impl Default for Options {
-    /// One queue of up to 1024 descriptors, no serial, blocks of 512 bytes, no limit.
+    /// One queue of up to 1024 descriptors, no serial, blocks as the storage has them, no limit.
     fn default() -> Self {
         Self {
             queues: 1,
             queue_size_max: 1024,
             serial: String::new(),
-            logical_block_bytes: 512,
+            logical_block_bytes: None,
             read_only: false,
             rate: RateLimit::NONE,
         }
@@ -166,7 +166,9 @@ impl Blk {
     /// # Errors
     /// An option is out of its range.
     pub fn new(backend: Arc<dyn Backend>, options: Options) -> Result<Self, OptionsError> {
-        let Options { queues, queue_size_max, ref serial, logical_block_bytes, .. } = options;
+        let Options { queues, queue_size_max, ref serial, .. } = options;
+        let mut geometry = backend.geometry();
+        let logical_block_bytes = options.logical_block_bytes.unwrap_or(geometry.logical_block_bytes);
         if queues == 0 || queues > QUEUES_MAX {
             return Err(OptionsError::Queues(queues));
         }
@@ -179,13 +181,13 @@ impl Blk {
         if !(512..=4096).contains(&logical_block_bytes) || !logical_block_bytes.is_power_of_two() {
             return Err(OptionsError::BlockBytes(logical_block_bytes));
         }
-        let mut geometry = backend.geometry();
         let sectors = whole_blocks(geometry.bytes, logical_block_bytes);
         if sectors == 0 {
             return Err(OptionsError::Small(geometry.bytes, logical_block_bytes));
         }
         let features = config::offered(&geometry, &options);
         geometry.read_only = config::read_only(&geometry, &options);
+        geometry.logical_block_bytes = logical_block_bytes;
         let mut padded = [0; SERIAL_BYTES];
         padded[..serial.len()].copy_from_slice(serial.as_bytes());
         let shared = Shared {
@@ -240,7 +242,7 @@ impl Blk {
     }
 
     fn check_size(&self, bytes: u64) -> Result<(), BackendError> {
-        let block_bytes = self.options.logical_block_bytes;
+        let block_bytes = self.logical_block_bytes();
         if bytes < block_bytes.into() {
             return Err(BackendError(format!(
                 "a size of {bytes} bytes is less than one block, which has {block_bytes}"
@@ -253,7 +255,7 @@ impl Blk {
         bytes.map_or(Ok(()), |bytes| self.check_size(whole_sectors(bytes)))?;
         let resized = self.shared.backend.resize(bytes);
         // Also of a resize that failed half-way.
-        let sectors = whole_blocks(self.shared.backend.geometry().bytes, self.options.logical_block_bytes);
+        let sectors = whole_blocks(self.shared.backend.geometry().bytes, self.logical_block_bytes());
         let before = self.shared.sectors.swap(sectors, Ordering::Relaxed);
         if before != sectors {
             tracing::info!(before, sectors, "disk resized");
@@ -269,6 +271,12 @@ impl Blk {
     #[must_use]
     pub fn bytes(&self) -> u64 {
         self.shared.sectors.load(Ordering::Relaxed) * SECTOR_BYTES
+    }
+
+    /// The block size the driver is told to use, in bytes.
+    #[must_use]
+    pub fn logical_block_bytes(&self) -> u32 {
+        self.shared.geometry.logical_block_bytes
     }
 
     /// Replaces the limit on what all queues together may do. A queue that pauses for the old one goes on at once.
@@ -372,7 +380,7 @@ impl Device for Blk {
 
     fn save(&self) -> Vec<u8> {
         let mut state = vec![STATE_VERSION, u8::from(self.shared.writeback()), 0, 0];
-        state.extend(self.options.logical_block_bytes.to_le_bytes());
+        state.extend(self.logical_block_bytes().to_le_bytes());
         state.extend(self.shared.disk().sectors.to_le_bytes());
         state
     }
@@ -388,12 +396,16 @@ impl Device for Blk {
                 state[0]
             )));
         }
+        let (block, sectors) = state[4..].split_at(4);
         let mine = self.save();
         if state[4..] != mine[4..] {
+            let le = |bytes: &[u8]| bytes.iter().rev().fold(0, |value, &byte| value << 8 | u64::from(byte));
             return Err(StateError(format!(
-                "block size and capacity were {:?} and are {:?}; the disk must be the same one",
-                &state[4..],
-                &mine[4..]
+                "the disk had {} sectors and blocks of {} bytes, and has {} and {}; it must be the same one",
+                le(sectors),
+                le(block),
+                self.shared.disk().sectors,
+                self.logical_block_bytes()
             )));
         }
         self.shared.choose(state[1] != 0);

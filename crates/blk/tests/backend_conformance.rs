@@ -272,8 +272,11 @@ fn a_sleeping_thread_is_woken_by_completions() {
                     assert!(sleeps < 100, "{}: woken again and again for nothing", case.name);
                     let mut events = Vec::with_capacity(4);
                     let limit = Timespec { tv_sec: 120, tv_nsec: 0 };
-                    let woken = epoll::wait(&watch, spare_capacity(&mut events), Some(&limit)).unwrap();
-                    assert_eq!(woken, 1, "{}: nobody wakes the thread", case.name);
+                    match epoll::wait(&watch, spare_capacity(&mut events), Some(&limit)) {
+                        // The kernel had this thread make another that waits for storage.
+                        Err(rustix::io::Errno::INTR) => {}
+                        woken => assert_eq!(woken, Ok(1), "{}: nobody wakes the thread", case.name),
+                    }
                 }
                 rig.poller.disarm();
                 rig.turn();

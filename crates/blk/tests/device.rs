@@ -254,7 +254,7 @@ fn resizing_shows_on_all_queues_and_tells_the_driver() {
 
 #[test]
 fn growing_loses_nothing_and_no_size_is_less_than_a_block() {
-    let options = Options { logical_block_bytes: 4096, ..Options::default() };
+    let options = Options { logical_block_bytes: Some(4096), ..Options::default() };
     let disk = Blk::new(memory_disk(), options).unwrap();
     let refused = disk.grow(16 * MIB - 1).unwrap_err();
     assert!(matches!(refused, ResizeError::Loses { from, to } if (from, to) == (16 * MIB, 16 * MIB - 512)));
@@ -436,7 +436,7 @@ fn only_the_cache_mode_can_be_written() {
 
 #[test]
 fn a_disk_has_whole_blocks() {
-    let options = || Options { logical_block_bytes: 4096, ..Options::default() };
+    let options = || Options { logical_block_bytes: Some(4096), ..Options::default() };
     let capacity = |disk: &Blk| u64::from_le_bytes(disk.config()[..8].try_into().unwrap());
     let disk = Blk::new(Arc::new(Null::new(MIB + 3584)), options()).unwrap();
     assert_eq!(capacity(&disk), MIB / 512);
@@ -453,7 +453,7 @@ fn impossible_options_are_refused() {
         Options { queue_size_max: 100, ..Options::default() },
         Options { serial: "x".repeat(21), ..Options::default() },
         Options { serial: "ä".into(), ..Options::default() },
-        Options { logical_block_bytes: 8192, ..Options::default() },
+        Options { logical_block_bytes: Some(8192), ..Options::default() },
     ] {
         assert!(Blk::new(Arc::new(Null::new(MIB)), options).is_err());
     }

@@ -10,8 +10,7 @@ use std::sync::Arc;
 
 use blk::Backend;
 use blk::backends::file::{Direct, Engine, File, FileOptions, Lock};
-use fake::{DISCARD, OK, Rig, Ring, WRITE_ZEROES, pattern, range};
-use seccompiler::{BpfProgram, SeccompAction, SeccompFilter};
+use fake::{DISCARD, OK, Rig, Ring, WRITE_ZEROES, forbid_io_uring, pattern, range};
 
 const BYTES: u64 = 1 << 20;
 
@@ -126,14 +125,6 @@ fn an_io_uring_that_is_refused_shows_at_opening() {
         });
     });
     std::fs::remove_file(&path).unwrap();
-}
-
-fn forbid_io_uring() {
-    let (rules, arch) =
-        ([(libc::SYS_io_uring_setup, vec![])].into(), std::env::consts::ARCH.try_into().unwrap());
-    let refuse = SeccompAction::Errno(libc::EPERM as u32);
-    let filter = SeccompFilter::new(rules, SeccompAction::Allow, refuse, arch).unwrap();
-    seccompiler::apply_filter(&BpfProgram::try_from(filter).unwrap()).unwrap();
 }
 
 /// Whoever grows an image that is not locked must find all that is written.

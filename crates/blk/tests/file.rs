@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use blk::backends::file::{Direct, Engine, File, FileOptions};
 use blk::{Backend, Blk, Options, ResizeError};
-use fake::{FLUSH, IN, IO_ERROR, OK, OUT, Rig, Ring, WRITE_ZEROES, pattern, range};
+use fake::{FLUSH, IN, IO_ERROR, OK, OUT, Rig, Ring, WRITE_ZEROES, header, pattern, range};
 use virtio::Device;
 
 struct Scratch(PathBuf);
@@ -141,4 +141,56 @@ fn growing_cuts_nothing_off_a_file_that_was_grown_by_another() {
     assert_eq!(std::fs::metadata(&file.0).unwrap().len(), 3 << 20);
     assert_eq!(disk.grow(4 << 20).unwrap(), 4 << 20);
     assert_eq!(std::fs::metadata(&file.0).unwrap().len(), 4 << 20);
+}
+
+/// Both engines, past the page cache where that can be had and through it.
+fn each_way(check: impl Fn(FileOptions, &str)) {
+    for engine in [Engine::Uring, Engine::Inline] {
+        for direct in [Direct::Auto, Direct::Off] {
+            let options = FileOptions { engine, direct, ..FileOptions::default() };
+            check(options, &format!("{engine:?}, direct {direct:?}"));
+        }
+    }
+}
+
+#[test]
+fn the_rest_of_a_long_request_does_not_undo_a_shrink() {
+    for kind in [OUT, WRITE_ZEROES] {
+        each_way(|options, context| {
+            const LONG: usize = 16 << 20;
+            let file = Scratch::on_disk(&format!("shrunk-{context}"), 2 * LONG as u64);
+            let disk = File::open(&file.0, options).unwrap();
+            let disk = Arc::new(Blk::new(Arc::new(disk), Options::default()).unwrap());
+            let mut rig = Rig::with(disk.clone(), Ring::SPLIT, u64::MAX, 0);
+            let whole = range(0, 2 * LONG as u32 / 512, 0);
+            let data = pattern(LONG, 3);
+            let sent = match kind {
+                OUT => rig.send(&[&header(OUT, LONG as u64 / 512), &data], &[1]),
+                _ => rig.send(&[&header(WRITE_ZEROES, 0), &whole], &[1]),
+            };
+            rig.turn();
+            // Zeros are left to the file system, which may take them all at once.
+            assert!(kind == WRITE_ZEROES || !rig.is_back(&sent), "{context}: what the test is about");
+            disk.resize(Some(1 << 20)).unwrap();
+            rig.wait(sent);
+            assert_eq!(std::fs::metadata(&file.0).unwrap().len(), 1 << 20, "{context}");
+            assert_eq!(rig.status(FLUSH, 0, &[], 0), OK, "{context}");
+        });
+    }
+}
+
+#[test]
+fn zeroing_beyond_the_end_of_a_file_that_was_cut_off_fails() {
+    each_way(|options, context| {
+        let file = Scratch::on_disk(&format!("zeroed-{context}"), 1 << 20);
+        let mut rig = Rig::new(Arc::new(File::open(&file.0, options).unwrap()), Ring::SPLIT);
+        std::fs::File::options().write(true).open(&file.0).unwrap().set_len(64 << 10).unwrap();
+        for (sector, sectors, expected) in [(0, 128, OK), (256, 8, IO_ERROR), (120, 16, IO_ERROR)] {
+            for unmap in [0, 1] {
+                let zeroed = range(sector, sectors, unmap);
+                assert_eq!(rig.status(WRITE_ZEROES, 0, &zeroed, 0), expected, "{context}, {sector}");
+            }
+        }
+        assert_eq!(std::fs::metadata(&file.0).unwrap().len(), 64 << 10, "{context}");
+    });
 }

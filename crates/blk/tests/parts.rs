@@ -2,14 +2,18 @@
 #![allow(clippy::unwrap_used, reason = "tests")]
 
 mod fake;
+mod fuse;
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
-use blk::backends::file::{Direct, Engine, File, FileOptions};
+use blk::backends::file::{Direct, Engine, File, FileOptions, Lock};
 use blk::{Backend, Blk, Options};
 use fake::{FLUSH, IN, OK, OUT, Rig, Ring, Sent, WRITE_ZEROES, header, pattern, range};
+use fuse::Failing;
+use virtio::Device;
 
 const BYTES: u64 = 1 << 20;
 const SECTORS: u64 = BYTES / 512;
@@ -29,15 +33,19 @@ impl Storage {
     }
 
     fn device(name: &str) -> Option<Self> {
-        let mut storage = Self::file(name);
+        Self::file(name).attached()
+    }
+
+    /// The same with the device.
+    fn attached(mut self) -> Option<Self> {
         let output = Command::new("losetup")
-            .args(["--find", "--show", "--sector-size", "4096"])
-            .arg(&storage.file)
+            .args(["--find", "--show", "--sector-size", "4096", "--direct-io=on"])
+            .arg(&self.file)
             .output();
         match output {
             Ok(output) if output.status.success() => {
-                storage.device = Some(PathBuf::from(String::from_utf8_lossy(&output.stdout).trim()));
-                Some(storage)
+                self.device = Some(PathBuf::from(String::from_utf8_lossy(&output.stdout).trim()));
+                Some(self)
             }
             failed => {
                 needs::skip(format_args!("no loop device: {failed:?}"));
@@ -95,6 +103,35 @@ fn a_part_of_a_block_is_read_as_it_was_written() {
             assert!(found[..512] == part && found[512..] == data[512..], "{context}, round {round}");
         }
     });
+}
+
+/// The same where the write takes until the read is over: what the system reads ahead is old.
+#[test]
+fn what_is_read_beside_a_write_under_way_does_not_last() {
+    let Some(slow) = Failing::new(BYTES as usize) else { return };
+    let Some(storage) = (Storage { device: None, file: slow.path_for_others() }).attached() else { return };
+    let disk = File::open(storage.path(), FileOptions { engine: Engine::Uring, ..FileOptions::default() });
+    let mut rig = Rig::new(Arc::new(disk.unwrap()), Ring::SPLIT);
+    let (data, part) = (pattern(4096, 9), pattern(512, 10));
+    slow.hold_writes();
+    let write = rig.send(&[&header(OUT, 16), &data], &[1]);
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while slow.held_writes() == 0 {
+        if Instant::now() > deadline {
+            slow.release_writes();
+            return needs::skip("a loop device that has a cache of its own");
+        }
+        rig.turn();
+    }
+    assert_eq!(rig.read(0, 512), [0; 512]);
+    slow.release_writes();
+    assert_eq!(rig.wait(write).status(), OK);
+    assert!(rig.read(16, 512) == data[..512], "old data are read");
+    rig.write(16, &part);
+    assert_eq!(rig.status(FLUSH, 0, &[], 0), OK);
+    let found = rig.read(16, 4096);
+    let old = (1..8).filter(|i| found[i * 512..][..512] != data[i * 512..][..512]).count();
+    assert!(old == 0 && found[..512] == part, "{old} of the other 7 sectors are old again");
 }
 
 /// A small generator of test data; the sequence is the same in every run.
@@ -175,9 +212,9 @@ fn parts_written_by_several_queues_at_once_all_last() {
             }
         }
         // A queue may wait for blocks of another's request: all of them turn.
-        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(20);
+        let deadline = Instant::now() + Duration::from_secs(20);
         while rigs.iter().zip(&flights).any(|(rig, flights)| flights.iter().any(|f| !rig.is_back(&f.sent))) {
-            assert!(std::time::Instant::now() < deadline, "{context}: requests do not come back");
+            assert!(Instant::now() < deadline, "{context}: requests do not come back");
             for rig in &mut rigs {
                 rig.turn();
             }
@@ -210,4 +247,41 @@ fn a_file_without_whole_blocks_goes_through_the_page_cache_as_a_whole() {
     drop(disk);
     let error = with(Direct::On).unwrap_err().to_string();
     assert!(error.contains("no multiple"), "{error}");
+}
+
+/// What the driver of a disk of `file` is told of its blocks, in bytes.
+fn blk_size(file: File, logical_block_bytes: Option<u32>) -> u32 {
+    let disk = Blk::new(Arc::new(file), Options { logical_block_bytes, ..Options::default() }).unwrap();
+    u32::from_le_bytes(disk.config()[20..24].try_into().unwrap())
+}
+
+#[test]
+fn the_guest_is_shown_the_blocks_that_the_storage_takes() {
+    each_storage("shown", |disk, context| assert_eq!(blk_size(disk, None), 4096, "{context}"));
+    each_storage("told", |disk, context| assert_eq!(blk_size(disk, Some(512)), 512, "{context}"));
+    let through_cache = FileOptions { direct: Direct::Off, ..FileOptions::default() };
+    if let Some(device) = Storage::device("shown-cached") {
+        assert_eq!(blk_size(File::open(device.path(), through_cache).unwrap(), None), 4096, "BLKSSZGET");
+    }
+    let file = Storage::file("shown-cached-file");
+    assert_eq!(blk_size(File::open(file.path(), through_cache).unwrap(), None), 512);
+}
+
+/// One that finds other blocks at the destination would take its file system for destroyed.
+#[test]
+fn a_guest_does_not_move_to_a_disk_of_other_blocks() {
+    let file = Storage::file("moved");
+    let disk = |unit_bytes_min, logical_block_bytes| {
+        let options = FileOptions { unit_bytes_min, lock: Lock::Off, ..FileOptions::default() };
+        let file = File::open(file.path(), options).unwrap();
+        let direct = file.is_direct();
+        let options = Options { logical_block_bytes, ..Options::default() };
+        (Blk::new(Arc::new(file), options).unwrap(), direct)
+    };
+    let ((small, _), (large, true)) = (disk(512, Some(512)), disk(4096, None)) else {
+        return needs::skip(format_args!("{} cannot bypass the page cache", file.path().display()));
+    };
+    let error = small.restore(&large.save()).unwrap_err().to_string();
+    assert!(error.contains("had 2048 sectors and blocks of 4096 bytes, and has 2048 and 512"), "{error}");
+    disk(512, Some(4096)).0.restore(&large.save()).unwrap();
 }

@@ -146,9 +146,12 @@ pub struct BlkOptions {
     #[arg(long, value_name = "ID")]
     pub serial: Option<String>,
 
-    /// Block size that the driver sees, in bytes.
-    #[arg(long, value_name = "BYTES", value_parser = block_size_parser(), default_value = "512")]
-    pub block_size: u32,
+    /// Block size that the driver sees, in bytes [default: the storage's: 512, or 4096 where it takes no less].
+    ///
+    /// An image that was partitioned with another block size than the guest sees has to be given that one. Both hosts of
+    /// a live migration must have the same.
+    #[arg(long, value_name = "BYTES", value_parser = block_size_parser())]
+    pub block_size: Option<u32>,
 
     /// The most requests per second.
     #[arg(long, value_name = "COUNT", value_parser = parse_count::<NonZeroU64>)]

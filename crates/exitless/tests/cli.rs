@@ -34,7 +34,7 @@ fn what_is_not_said_has_a_sensible_default() {
     let (device, service) = blk("");
     assert_eq!(device.socket.name(), "a.b", "the socket's name without its extension");
     assert_eq!(device.socket.poll, Mode::Hybrid);
-    assert_eq!((device.socket.socket_mode, device.queues, device.block_size), (None, None, 512));
+    assert_eq!((device.socket.socket_mode, device.queues, device.block_size), (None, None, None));
     assert!(!device.read_only && device.without.is_empty() && device.iops.is_none());
     assert!(service.cpus.is_none() && service.control.is_none() && service.log.is_none() && !service.json);
 }
@@ -48,7 +48,7 @@ fn a_disk_is_described_in_full() {
     assert_eq!(device.queues.unwrap().get(), 4);
     assert_eq!(service.cpus.unwrap().as_slice(), [2, 3, 4, 5]);
     assert!(device.read_only && service.json);
-    assert_eq!((device.serial.as_deref(), device.block_size), (Some("X1"), 4096));
+    assert_eq!((device.serial.as_deref(), device.block_size), (Some("X1"), Some(4096)));
     assert_eq!((device.iops.unwrap().get(), device.bandwidth.unwrap().0.get()), (5000, 200 << 20));
     assert_eq!(feature::bits(&device.without), virtio::features::RING_PACKED | virtio::features::EVENT_IDX);
     assert_eq!((device.socket.poll, device.socket.socket_mode), (Mode::Poll, Some(0o660)));

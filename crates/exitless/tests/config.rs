@@ -52,7 +52,7 @@ fn a_file_has_the_options_of_the_command_line_as_keys() {
     assert_eq!(config.service.log, Some(LogLevel::Debug));
     assert!(!config.service.json);
     let DeviceOptions::Blk(one) = &config.devices[0] else { panic!("not a disk") };
-    assert_eq!((one.queues.unwrap().get(), one.block_size, one.read_only), (4, 4096, true));
+    assert_eq!((one.queues.unwrap().get(), one.block_size, one.read_only), (4, Some(4096), true));
     assert_eq!((one.bandwidth.unwrap().0.get(), one.iops.unwrap().get()), (200 << 20, 5000));
     assert_eq!(one.socket.socket_mode, Some(0o660));
     assert_eq!(one.without.iter().map(|feature| feature.name).collect::<Vec<_>>(), ["packed", "event-idx"]);

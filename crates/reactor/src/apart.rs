@@ -16,8 +16,11 @@ use std::thread;
 
 use rustix::event::epoll;
 
+use crate::spare::run_as_helper;
+
 /// Runs `run` on a new thread whose table of descriptors has `fds` and no others. Neither the calling thread's table
-/// nor anything but `fds` is seen there, so `run` captures nothing. Returns when the descriptors have changed hands.
+/// nor anything but `fds` is seen there, so `run` captures nothing. Returns when the descriptors have changed hands. It
+/// runs on the CPUs of [helpers](crate::helper_cpus).
 ///
 /// Where the system does not allow a table of its own (a filter of system calls, say) the thread shares the caller's.
 /// Best called on a thread that has few descriptors: for a moment they are in both tables.
@@ -28,6 +31,7 @@ pub fn spawn_apart(name: &str, fds: Vec<OwnedFd>, run: fn(Vec<OwnedFd>)) -> io::
     let numbers: Vec<RawFd> = fds.iter().map(AsRawFd::as_raw_fd).collect();
     let (tell, told) = mpsc::sync_channel(1);
     thread::Builder::new().name(name.to_owned()).spawn(move || {
+        run_as_helper();
         let apart = leave_table(&numbers);
         let _ = tell.send(apart);
         // SAFETY: open in this thread's table: it is a copy in which they were kept, and the caller goes on owning

@@ -19,6 +19,7 @@ use crate::epoll::Epoll;
 use crate::mailbox::{Outbox, mailbox};
 use crate::policy::Mode;
 use crate::record::Record;
+use crate::spare::BoundCpu;
 use crate::stats::ThreadCounters;
 use crate::{Budget, Clock, Error};
 
@@ -50,11 +51,13 @@ impl Thread {
         let (outbox, inbox) = mailbox().map_err(|errno| failed(errno.into()))?;
         let epoll = Epoll::new(inbox.as_fd()).map_err(|errno| failed(errno.into()))?;
         let counters = Arc::new(ThreadCounters::default());
+        let bound = pin.then(|| BoundCpu::new(cpu));
         let join = std::thread::Builder::new()
             .name(name.clone())
             .spawn({
                 let (name, counters) = (name.clone(), counters.clone());
                 move || {
+                    let _bound = bound;
                     IS_IO_THREAD.set(true);
                     settle(&name, pin.then_some(cpu));
                     turn::Turn::new(clock, inbox, epoll, budget, counters).run();

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use blk::{Backend, Blk, Options};
 use reactor::{Budget, Poller, Ticks, Work};
+use seccompiler::{BpfProgram, SeccompAction, SeccompFilter};
 use virtio::fake::{FakeDriver, FakeOptions, MEMORY_START};
 use virtio::memory::{Area, GuestAddr};
 use virtio::ring::Buffer;
@@ -288,6 +289,15 @@ pub fn header(kind: u32, sector: u64) -> [u8; 16] {
     header[..4].copy_from_slice(&kind.to_le_bytes());
     header[8..].copy_from_slice(&sector.to_le_bytes());
     header
+}
+
+/// Takes io_uring from the calling thread, as containers do from all of theirs.
+pub fn forbid_io_uring() {
+    let (rules, arch) =
+        ([(libc::SYS_io_uring_setup, vec![])].into(), std::env::consts::ARCH.try_into().unwrap());
+    let refuse = SeccompAction::Errno(libc::EPERM as u32);
+    let filter = SeccompFilter::new(rules, SeccompAction::Allow, refuse, arch).unwrap();
+    seccompiler::apply_filter(&BpfProgram::try_from(filter).unwrap()).unwrap();
 }
 
 /// A `struct virtio_blk_discard_write_zeroes`.

@@ -58,6 +58,29 @@ fn a_ring_goes_on_where_it_was_stopped() {
     }
 }
 
+/// Another host may have the storage next, and must find everything there.
+#[test]
+fn a_device_is_told_of_each_end_of_service_after_it() {
+    for stop in [false, true] {
+        let mut host = Host::new(2);
+        let mut vm = Vm::new(&host, RingFormat::Split, 2);
+        let settled = |host: &Host| host.device.settled.lock().unwrap().clone();
+        (0..2).for_each(|index| vm.echo(index, b"served"));
+        assert!(settled(&host).is_empty());
+        vm.frontend.get_vring_base(0).unwrap();
+        assert_eq!(settled(&host), [1], "before the answer, with the other queue in service");
+        vm.frontend.get_vring_base(0).unwrap();
+        assert_eq!(settled(&host), [1], "it was stopped already");
+        if stop {
+            host.stop();
+            assert_eq!(settled(&host), [1, 0]);
+        } else {
+            drop(vm);
+            eventually("the end of the session", || settled(&host) == [1, 0]);
+        }
+    }
+}
+
 #[test]
 fn a_disabled_ring_is_not_served_and_loses_nothing() {
     let host = Host::new(1);

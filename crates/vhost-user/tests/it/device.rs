@@ -26,6 +26,8 @@ pub(crate) struct Switches {
     pub(crate) leased: AtomicUsize,
     /// Take no queue into service.
     pub(crate) not_ready: AtomicBool,
+    /// Queues in service.
+    running: AtomicUsize,
 }
 
 pub(crate) struct Echo {
@@ -36,6 +38,8 @@ pub(crate) struct Echo {
     pub(crate) resets: AtomicUsize,
     /// Times that it was told to take over a driver it does not know.
     pub(crate) take_overs: AtomicUsize,
+    /// How many queues were still in service, each time that it was told to settle.
+    pub(crate) settled: Mutex<Vec<usize>>,
     pub(crate) switches: Arc<Switches>,
 }
 
@@ -48,6 +52,7 @@ impl Echo {
             state: Mutex::new(b"initial".to_vec()),
             resets: AtomicUsize::new(0),
             take_overs: AtomicUsize::new(0),
+            settled: Mutex::default(),
             switches: Arc::default(),
         })
     }
@@ -98,7 +103,10 @@ impl Device for Echo {
             return Err(NotReady("its storage is gone".to_owned()));
         }
         switches.leased.fetch_add(queue.memory().lease().is_some().into(), Ordering::SeqCst);
-        Ok(Box::new(move || Box::new(EchoQueue { queue, tokens: Vec::new(), held: Vec::new(), switches })))
+        Ok(Box::new(move || {
+            switches.running.fetch_add(1, Ordering::SeqCst);
+            Box::new(EchoQueue { queue, tokens: Vec::new(), held: Vec::new(), switches })
+        }))
     }
 
     fn reset(&self) {
@@ -108,6 +116,10 @@ impl Device for Echo {
 
     fn take_over(&self) {
         self.take_overs.fetch_add(1, Ordering::SeqCst);
+    }
+
+    fn settle(&self) {
+        self.settled.lock().unwrap().push(self.switches.running.load(Ordering::SeqCst));
     }
 
     fn save(&self) -> Vec<u8> {
@@ -140,6 +152,12 @@ impl EchoQueue {
             queue.complete(std::iter::once(Used { token, written }));
         }
         queue.publish();
+    }
+}
+
+impl Drop for EchoQueue {
+    fn drop(&mut self) {
+        self.switches.running.fetch_sub(1, Ordering::SeqCst);
     }
 }
 

@@ -152,6 +152,8 @@ struct Opened {
     kind: Kind,
     /// Smallest efficient unit in bytes.
     block_bytes: u32,
+    /// The least that storage takes, in bytes.
+    logical_block_bytes: u32,
     /// Ranges of whole ones can be zeroed by the system, in bytes.
     zero_unit: u64,
     /// Who writes which blocks, where the page cache is bypassed and guests may write parts of what storage takes.
@@ -229,6 +231,7 @@ impl Backend for File {
         let opened = &self.opened;
         Geometry {
             block_bytes: opened.block_bytes,
+            logical_block_bytes: opened.logical_block_bytes,
             read_only: opened.options.read_only,
             flush: true,
             discard: !opened.options.read_only,

@@ -90,8 +90,11 @@ pub(super) fn open(path: &Path, options: FileOptions) -> Result<Opened, BackendE
     };
     let block_bytes = natural.clamp(BLOCK_BYTES_MIN, BLOCK_BYTES_MAX).next_power_of_two();
     let unit = direct.as_ref().map(|(_, align)| align.file);
-    let zero_unit = match kind {
-        Kind::Block => ioctl_blksszget(&buffered).map_or(4096, u64::from),
+    let sector_bytes = (kind == Kind::Block).then(|| ioctl_blksszget(&buffered).unwrap_or(BLOCK_BYTES_MAX));
+    // The page cache takes less of a file's blocks than its storage does.
+    let logical = unit.or(sector_bytes.map(u64::from)).unwrap_or(BLOCK_BYTES_MIN.into());
+    let zero_unit = match sector_bytes {
+        Some(sector_bytes) => sector_bytes.into(),
         // A file system zeroes a part of a block by way of the page cache.
         _ if direct.is_some() => block_bytes.into(),
         _ => 1,
@@ -106,6 +109,7 @@ pub(super) fn open(path: &Path, options: FileOptions) -> Result<Opened, BackendE
         flush_failed: AtomicBool::new(false),
         short_said: AtomicBool::new(false),
         block_bytes,
+        logical_block_bytes: logical.clamp(BLOCK_BYTES_MIN.into(), BLOCK_BYTES_MAX.into()) as u32,
         buffered,
         direct,
         owner,

@@ -124,6 +124,7 @@ impl Ring {
         uring.submitter().register_enable_rings()?;
         // Without it a call costs a few nanoseconds more; a thread has room for 16.
         let _ = uring.submitter().register_ring_fd();
+        free_workers(&uring);
         Ok(Self {
             uring: ManuallyDrop::new(uring),
             slots: ManuallyDrop::new((0..depth).map(|_| Buffers::default()).collect()),
@@ -300,6 +301,22 @@ impl Drop for Ring {
 /// Whether the system lets this process have rings: containers and administrators forbid them.
 pub(super) fn probe(sqpoll_ms: Option<u32>) -> io::Result<()> {
     build(1, sqpoll_ms).map(|_| ())
+}
+
+/// Lets the kernel's threads that wait for this ring's requests run elsewhere than on this thread's CPU (Linux 5.14).
+fn free_workers(uring: &IoUring) {
+    // SAFETY: a set of CPUs is a field of bits, and has none when all are 0.
+    let mut set: libc::cpu_set_t = unsafe { std::mem::zeroed() };
+    let cpus = reactor::helper_cpus();
+    for &cpu in &cpus {
+        // SAFETY: only changes the set, which has room for as many CPUs as there can be in the list.
+        unsafe { libc::CPU_SET(cpu as usize, &mut set) };
+    }
+    if !cpus.is_empty()
+        && let Err(error) = uring.submitter().register_iowq_aff(&set)
+    {
+        tracing::debug!(%error, ?cpus, "the kernel's helpers share the I/O thread's CPU");
+    }
 }
 
 /// A ring with the best flags that the kernel has, to be enabled by the thread that will use it.

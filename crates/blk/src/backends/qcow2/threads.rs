@@ -68,7 +68,10 @@ impl Threads {
             let (image, done, bell) = (image.clone(), done.clone(), threads.bell.clone());
             let handle = std::thread::Builder::new()
                 .name(format!("qcow2-{i}"))
-                .spawn(move || serve(&image, &jobs, &done, &bell))
+                .spawn(move || {
+                    reactor::run_as_helper();
+                    serve(&image, &jobs, &done, &bell);
+                })
                 .map_err(failed)?;
             threads.jobs.push(sender);
             threads.handles.push(handle);
