@@ -11,22 +11,18 @@ use virtio::{GuestAddr, Memory, MemoryError, Region};
 
 use crate::request::RegionInfo;
 
-/// The smallest region, in bytes: a page. Front ends share whole pages, and each region that a buffer lies in makes another
-/// piece of it.
-const REGION_BYTES_MIN: u64 = 4096;
+/// Regions begin at multiples of this in the guest, in bytes: a page. Each region that a buffer lies in makes another piece
+/// of it, and like this no buffer has more pieces than pages.
+const REGION_ALIGN: u64 = 4096;
 
 /// Why a change of the memory table was refused. The table is as it was.
 #[derive(Debug, thiserror::Error)]
 pub enum MemoryTableError {
-    /// A region of less than a page.
-    #[error(
-        "memory region at guest address {guest:#x} of {len} bytes: it must have at least {REGION_BYTES_MIN}"
-    )]
-    TooSmall {
+    /// A region that begins within a page.
+    #[error("memory region at guest address {guest:#x}: it must begin at a multiple of {REGION_ALIGN}")]
+    Unaligned {
         /// Where the region was to be.
         guest: u64,
-        /// Its size in bytes.
-        len: u64,
     },
     /// The file cannot be mapped.
     #[error("memory region at guest address {guest:#x}: {source}")]
@@ -120,8 +116,8 @@ impl MemoryTable {
     }
 
     fn map(&self, info: RegionInfo, fd: &OwnedFd) -> Result<Entry, MemoryTableError> {
-        if info.len < REGION_BYTES_MIN {
-            return Err(MemoryTableError::TooSmall { guest: info.guest, len: info.len });
+        if !info.guest.is_multiple_of(REGION_ALIGN) {
+            return Err(MemoryTableError::Unaligned { guest: info.guest });
         }
         let mapping = Mapping::within(&self.quota, fd, info.offset, info.len)
             .map_err(|source| MemoryTableError::Mapping { guest: info.guest, source })?;

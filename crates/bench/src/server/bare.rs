@@ -106,6 +106,9 @@ impl BareQueue {
         if self.burst.is_empty() {
             return Ok(());
         }
+        if self.ring.suppression_ends() {
+            self.ring.disarm();
+        }
         let mut written = [0; BURST];
         for (token, written) in self.burst.iter().zip(&mut written) {
             let chain = self.chains.get(token);

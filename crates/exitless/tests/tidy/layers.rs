@@ -21,7 +21,8 @@ const BELOW_DEVICES: &[&str] = &["reactor", "virtio"];
 const ROOMS: &[Room] = &[
     room("reactor", "reactor", &[]),
     room("virtio", "virtio", &["reactor"]),
-    room("blk", "blk", BELOW_DEVICES),
+    room("qcow2", "qcow2", &[]),
+    room("blk", "blk", &["reactor", "virtio", "qcow2"]),
     room("rng", "rng", BELOW_DEVICES),
     room("net", "net", BELOW_DEVICES),
     room("rdma", "rdma", BELOW_DEVICES),

@@ -1,0 +1,20 @@
+//! The qcow2 image format and the engine that changes images so that no crash harms them, without any I/O: no file, no
+//! socket, no clock.
+//!
+//! * [`header`], [`layout`], [`entry`] and [`refcount`] are the format as its specification has it.
+//!
+//! Everything read from an image is hostile: it is checked before it is used, and nothing here panics or takes memory or
+//! time without a bound because of it.
+
+pub mod check;
+pub mod create;
+pub mod engine;
+pub mod entry;
+pub mod error;
+pub mod header;
+pub mod image;
+pub mod layout;
+pub mod map;
+pub mod readers;
+pub mod refcount;
+pub mod repair;
