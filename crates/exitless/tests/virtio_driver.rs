@@ -5,6 +5,7 @@
 use std::io::{BufRead, BufReader};
 use std::os::fd::AsRawFd;
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{Ordering, fence};
 
 use virtio::memory::{Backing, Mapping};
 use virtio_driver::{VhostUser, VirtioBlkQueue, VirtioBlkTransport, VirtioFeatureFlags};
@@ -99,6 +100,8 @@ fn carries_data(name: &str, features: VirtioFeatureFlags) {
             for slot in 0..DEPTH {
                 request(queue, index, slot);
             }
+            // For a split ring without event index the driver leaves this out, and could lose its kick.
+            fence(Ordering::SeqCst);
             if queue.avail_notif_needed() {
                 notifiers[index].notify().unwrap();
             }
