@@ -61,6 +61,7 @@ impl Report {
 
 /// Uses of a host cluster.
 #[derive(Clone, Copy, PartialEq, Eq)]
+#[repr(u32)]
 pub(crate) enum Use {
     /// Guest data, which snapshots and compressed clusters share.
     Data = 0,

@@ -1,6 +1,8 @@
 //! Hostile images: whatever their bytes say, a check ends, reads no table twice and takes memory with what is there; and a
 //! repair touches nothing that is more than a wrong refcount.
 
+#![allow(clippy::unwrap_used)]
+
 use std::cell::Cell;
 use std::io;
 

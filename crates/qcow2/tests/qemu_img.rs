@@ -1,5 +1,7 @@
 //! QEMU's tools as the oracle: images that they make are read alike here, and images made or repaired here are sound for them.
 
+#![allow(clippy::unwrap_used)]
+
 use std::fs;
 use std::io;
 use std::os::unix::fs::FileExt;
