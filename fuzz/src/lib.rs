@@ -7,5 +7,6 @@ pub mod blk;
 pub mod config;
 mod input;
 pub mod pci;
+pub mod qcow2;
 pub mod ring;
 pub mod vhost_user;
