@@ -1,7 +1,7 @@
 //! Hostile images: whatever their bytes say, a check ends, reads no table twice and takes memory with what is there; and a
 //! repair touches nothing that is more than a wrong refcount.
 
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::unwrap_used, reason = "a test that cannot be set up has failed")]
 
 use std::cell::Cell;
 use std::io;
@@ -72,8 +72,8 @@ impl File {
         for (offset, data) in create(&new) {
             file.write_at(offset, &data).unwrap();
         }
-        file.put(3 * CLUSTER, 4 * CLUSTER | OWNED);
-        file.put(4 * CLUSTER, 5 * CLUSTER | OWNED);
+        file.put(3 * CLUSTER, (4 * CLUSTER) | OWNED);
+        file.put(4 * CLUSTER, (5 * CLUSTER) | OWNED);
         file.write_at(5 * CLUSTER, &[7; CLUSTER as usize]).unwrap();
         for cluster in 4..6 {
             file.write_at(2 * CLUSTER + cluster * 2, &[0, 1]).unwrap();
@@ -244,7 +244,7 @@ fn any_word_may_be_anything() {
         CLUSTER,
         2 * CLUSTER,
         4 * CLUSTER,
-        5 * CLUSTER | OWNED,
+        (5 * CLUSTER) | OWNED,
         1 << 62,
         1 << 55,
         u64::MAX >> 1,
