@@ -296,14 +296,21 @@ fn compressed_clusters_backing_files_snapshots_and_bitmaps_are_read_as_qemu_read
 
 #[test]
 fn encrypted_images_are_refused() {
-    let Some(folder) = folder("luks") else { return };
-    let secret = ["--object", "secret,id=s,data=abc"];
-    let options = "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10";
-    let words =
-        ["qemu-img", "create", "-q", secret[0], secret[1], "-f", "qcow2", "-o", options, "luks.qcow2", "8M"];
-    run(&folder, &words);
-    let error = Image::read(&File::open(&folder.join("luks.qcow2"))).unwrap_err();
-    assert!(matches!(error, ImageError::Format(FormatError::Encrypted("LUKS"))), "{error}");
+    let Some(folder) = folder("encrypted") else { return };
+    for (format, name) in [("aes", "AES"), ("luks", "LUKS")] {
+        let options = &format!("encrypt.format={format},encrypt.key-secret=s");
+        let secret = "secret,id=s,data=abc";
+        let words =
+            ["qemu-img", "create", "-q", "--object", secret, "-f", "qcow2", "-o", options, format, "8M"];
+        // QEMU times its key derivation, and gives up on a machine that is too busy for that.
+        if let Err(error) = try_run(&folder, &words) {
+            needs::skip(error.trim());
+            continue;
+        }
+        let error = Image::read(&File::open(&folder.join(format))).unwrap_err();
+        let expected = FormatError::Encrypted(name);
+        assert!(matches!(&error, ImageError::Format(error) if *error == expected), "{error}");
+    }
     fs::remove_dir_all(folder).unwrap();
 }
 
