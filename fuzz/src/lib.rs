@@ -8,6 +8,7 @@ pub mod config;
 mod input;
 pub mod memory;
 pub mod pci;
+pub mod qcow2;
 mod ranges;
 pub mod record;
 pub mod ring;

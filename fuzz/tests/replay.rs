@@ -52,3 +52,8 @@ fn pci() {
 fn config() {
     replay("config", fuzz::config::run);
 }
+
+#[test]
+fn qcow2() {
+    replay("qcow2", fuzz::qcow2::run);
+}

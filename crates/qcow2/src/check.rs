@@ -1,16 +1,28 @@
 //! The check of a whole image: every reference is counted and compared with the refcounts.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
+use std::fmt::Arguments;
 use std::io;
+use std::ops::Range;
 
 use crate::entry::{L1Entry, L2Entry, Mapping};
+use crate::header::autoclear;
 use crate::image::{Image, ImageError, ReadAt, read_words};
 use crate::refcount;
 
 /// Findings that are told one by one; the others are counted.
 const FINDINGS_MAX: usize = 100;
-/// Clusters that are counted together.
-const CHUNK: u64 = 1024;
+/// Clusters that are counted together: few, so that references spread over a sparse file take little memory.
+const CHUNK: u64 = 64;
+/// QEMU's limits: of the snapshot table and the bitmap directory in bytes, of a snapshot's extra data in bytes, of bitmaps.
+const SNAPSHOT_TABLE_BYTES_MAX: u64 = 64 << 20;
+const SNAPSHOT_EXTRA_BYTES_MAX: u64 = 1024;
+const BITMAP_DIRECTORY_BYTES_MAX: u64 = 64 << 20;
+const BITMAPS_MAX: u32 = 65535;
+/// Entries of all bitmap tables together; QEMU's limit is as much for each.
+const BITMAP_ENTRIES_MAX: u64 = 1 << 27;
+/// Entries of a bitmap table that are read at once.
+const BITMAP_ENTRIES_AT_ONCE: u64 = 8192;
 
 /// A check's outcome, in `qemu-img check`'s terms.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -47,28 +59,58 @@ impl Report {
     }
 }
 
+/// Uses of a host cluster.
+#[derive(Clone, Copy, PartialEq, Eq)]
+#[repr(u32)]
+pub(crate) enum Use {
+    /// Guest data, which snapshots and compressed clusters share.
+    Data = 0,
+    /// An L2 table, which snapshots share.
+    Table = 1 << 30,
+    /// Anything else; it has one reference.
+    Metadata = 1 << 31,
+}
+
+/// References of a cluster that are told apart; the bits above are its use.
+const COUNT_MAX: u32 = (1 << 30) - 1;
+
 /// References to host clusters.
 #[derive(Default)]
 pub(crate) struct Counts {
-    chunks: HashMap<u64, Vec<u32>>,
+    chunks: BTreeMap<u64, Box<[u32; CHUNK as usize]>>,
     /// Behind the last cluster that is referred to.
     pub(crate) end: u64,
 }
 
 impl Counts {
-    pub(crate) fn add(&mut self, cluster: u64) {
-        let chunk = self.chunks.entry(cluster / CHUNK).or_insert_with(|| vec![0; CHUNK as usize]);
-        let count = &mut chunk[(cluster % CHUNK) as usize];
-        *count = count.saturating_add(1);
+    /// Adds references; false if the cluster is in use for something that it cannot be shared with.
+    pub(crate) fn add(&mut self, cluster: u64, used: Use, times: u32) -> bool {
+        let chunk = self.chunks.entry(cluster / CHUNK).or_insert_with(|| Box::new([0; CHUNK as usize]));
+        let word = &mut chunk[(cluster % CHUNK) as usize];
+        let (count, before) = (*word & COUNT_MAX, *word & !COUNT_MAX);
+        *word = count.saturating_add(times).min(COUNT_MAX) | before | used as u32;
         self.end = self.end.max(cluster + 1);
+        count == 0 || (used != Use::Metadata && before == used as u32)
     }
 
     pub(crate) fn get(&self, cluster: u64) -> u64 {
-        self.chunks.get(&(cluster / CHUNK)).map_or(0, |chunk| chunk[(cluster % CHUNK) as usize].into())
+        let chunk = self.chunks.get(&(cluster / CHUNK));
+        chunk.map_or(0, |chunk| (chunk[(cluster % CHUNK) as usize] & COUNT_MAX).into())
+    }
+
+    /// The clusters of a range that are referred to, in order, with their references. However large the range, time goes
+    /// with what is in it.
+    pub(crate) fn counted(&self, clusters: Range<u64>) -> impl Iterator<Item = (u64, u64)> {
+        let first = clusters.start / CHUNK;
+        let chunks = self.chunks.range(first..clusters.end.div_ceil(CHUNK).max(first));
+        let counts = chunks.flat_map(|(&chunk, words)| {
+            (chunk * CHUNK..).zip(words.iter().map(|&word| u64::from(word & COUNT_MAX)))
+        });
+        counts.filter(move |(cluster, count)| *count > 0 && clusters.contains(cluster))
     }
 }
 
-/// Checks an image. Time and memory are in proportion to what is allocated in it.
+/// Checks an image. Every table is read once, however many refer to it; memory is in proportion to the references.
 ///
 /// # Errors
 /// It cannot be read, or its header says that it is no image that can be checked.
@@ -78,7 +120,14 @@ pub fn check(file: &impl ReadAt) -> Result<Report, ImageError> {
 
 /// Checks an image, and says what is referred to how often.
 pub(crate) fn count(file: &impl ReadAt, image: &Image) -> io::Result<(Report, Counts)> {
-    let mut check = Check { file, image, report: Report::default(), counts: Counts::default() };
+    let mut check = Check {
+        file,
+        image,
+        report: Report::default(),
+        counts: Counts::default(),
+        tables: BTreeMap::new(),
+        blocks: image.refcount_table.clone(),
+    };
     check.run()?;
     Ok((check.report, check.counts))
 }
@@ -88,46 +137,74 @@ struct Check<'a, F> {
     image: &'a Image,
     report: Report,
     counts: Counts,
+    /// L2 tables by their offsets.
+    tables: BTreeMap<u64, Table>,
+    /// The refcount blocks that can be read; 0 for none.
+    blocks: Vec<u64>,
+}
+
+/// References to an L2 table.
+struct Table {
+    /// Index of the first L1 entry that refers to it.
+    index: usize,
+    references: u32,
+    /// Of these, from the active L1 table.
+    active: u32,
 }
 
 impl<F: ReadAt> Check<'_, F> {
     fn run(&mut self) -> io::Result<()> {
         let (header, layout) = (&self.image.header, self.image.header.layout);
         self.report.total_clusters = layout.clusters(header.disk_bytes);
-        self.counts.add(0);
-        self.count("the L1 table", header.l1_offset, header.l1_entries * 8);
+        self.counts.add(0, Use::Metadata, 1);
+        if header.l1_entries > 0 {
+            self.count_metadata(format_args!("the L1 table"), header.l1_offset, header.l1_entries * 8);
+        }
         let table_bytes = header.refcount_table_clusters << layout.cluster_bits;
-        self.count("the refcount table", header.refcount_table_offset, table_bytes);
+        self.count_metadata(format_args!("the refcount table"), header.refcount_table_offset, table_bytes);
         for (index, &offset) in self.image.refcount_table.iter().enumerate() {
-            if offset != 0 {
-                self.count(&format!("refcount block {index}"), offset, layout.cluster_bytes());
+            let what = format_args!("refcount block {index}");
+            if offset != 0 && !self.count_metadata(what, offset, layout.cluster_bytes()) {
+                self.blocks[index] = 0;
             }
         }
-        self.count_tables(&self.image.l1, true)?;
+        self.count_l1(&self.image.l1, true);
         self.count_snapshots()?;
         self.count_bitmaps()?;
+        self.count_tables()?;
         self.compare()?;
         // Whether entries say rightly that their cluster is their own can be told only when all is counted.
         self.compare_owned()
     }
 
-    /// Counts the clusters of a range; says whether it can be read.
-    fn count(&mut self, what: &str, offset: u64, bytes: u64) -> bool {
+    fn count_metadata(&mut self, what: Arguments<'_>, offset: u64, bytes: u64) -> bool {
+        self.count(what, offset, bytes, Use::Metadata, 1)
+    }
+
+    /// Counts the clusters of a range; says whether it can be read as what it is said to be. Tables that overlap are not,
+    /// which bounds what is read by the length of the file.
+    fn count(&mut self, what: Arguments<'_>, offset: u64, bytes: u64, used: Use, times: u32) -> bool {
         let layout = &self.image.header.layout;
         let limit = self.image.file_bytes.next_multiple_of(layout.cluster_bytes());
-        if layout.in_cluster(offset) != 0 || offset + bytes > limit {
+        let end = offset.checked_add(bytes).filter(|&end| layout.in_cluster(offset) == 0 && end <= limit);
+        let Some(end) = end else {
             self.report.corrupt(|| {
                 format!("{what}: offset {offset:#x} is not aligned or beyond the end of the file")
             });
             return false;
+        };
+        let mut apart = true;
+        for cluster in offset >> layout.cluster_bits..layout.clusters(end) {
+            apart &= self.counts.add(cluster, used, times);
         }
-        for cluster in offset >> layout.cluster_bits..(offset + bytes).div_ceil(layout.cluster_bytes()) {
-            self.counts.add(cluster);
+        if !apart {
+            self.report.corrupt(|| format!("{what}: overlaps something else at {offset:#x}"));
         }
-        true
+        apart
     }
 
-    fn count_tables(&mut self, l1: &[L1Entry], active: bool) -> io::Result<()> {
+    /// Counts the L2 tables of an L1 table.
+    fn count_l1(&mut self, l1: &[L1Entry], active: bool) {
         let layout = self.image.header.layout;
         for (index, entry) in l1.iter().enumerate() {
             if !entry.is_valid(&layout) {
@@ -135,13 +212,25 @@ impl<F: ReadAt> Check<'_, F> {
                 continue;
             }
             let Some(offset) = entry.table() else { continue };
-            if !self.count(&format!("L2 table {index}"), offset, layout.cluster_bytes()) {
-                continue;
-            }
-            for (at, entry) in self.read_table(offset)?.into_iter().enumerate() {
-                self.count_entry(index, at, entry, active);
+            let what = format_args!("L2 table {index}");
+            if self.count(what, offset, layout.cluster_bytes(), Use::Table, 1) {
+                let new = Table { index, references: 0, active: 0 };
+                let table = self.tables.entry(offset).or_insert(new);
+                table.references = table.references.saturating_add(1);
+                table.active += u32::from(active);
             }
         }
+    }
+
+    /// Counts what the L2 tables hold.
+    fn count_tables(&mut self) -> io::Result<()> {
+        let tables = std::mem::take(&mut self.tables);
+        for (&offset, table) in &tables {
+            for (at, entry) in self.read_table(offset)?.into_iter().enumerate() {
+                self.count_entry(table, at, entry);
+            }
+        }
+        self.tables = tables;
         Ok(())
     }
 
@@ -156,37 +245,31 @@ impl<F: ReadAt> Check<'_, F> {
         })
     }
 
-    fn count_entry(&mut self, table: usize, at: usize, entry: L2Entry, active: bool) {
+    fn count_entry(&mut self, table: &Table, at: usize, entry: L2Entry) {
         let layout = self.image.header.layout;
+        let &Table { index, references, active } = table;
         match entry.map(&layout, 0).0 {
             Mapping::Invalid => {
-                self.report.corrupt(|| format!("L2 table {table}, entry {at}: {entry:x?} is not valid"));
+                self.report.corrupt(|| format!("L2 table {index}, entry {at}: {entry:x?} is not valid"));
             }
             Mapping::Compressed(compressed) => {
                 let first = layout.cluster_start(compressed.offset);
                 let bytes = compressed.offset + compressed.len - first;
                 // The last sector may lie beyond the end: the stream ends before.
                 let limit = self.image.file_bytes.next_multiple_of(layout.cluster_bytes());
-                self.count("a compressed cluster", first, bytes.min(limit.saturating_sub(first)).max(1));
-                if active {
-                    self.report.allocated_clusters += 1;
-                    self.report.compressed_clusters += 1;
-                }
+                let bytes = bytes.min(limit.saturating_sub(first)).max(1);
+                self.count(format_args!("a compressed cluster"), first, bytes, Use::Data, references);
+                self.report.allocated_clusters += u64::from(active);
+                self.report.compressed_clusters += u64::from(active);
             }
             _ => {
                 let Some(offset) = entry.host_cluster(&layout) else { return };
-                if active {
-                    self.report.allocated_clusters += 1;
-                }
-                if layout.external_data {
-                    let expected = (table as u64 * layout.l2_entries() + at as u64) << layout.cluster_bits;
-                    if offset != expected {
-                        self.report.corrupt(|| {
-                            format!("L2 table {table}, entry {at}: {offset:#x} in the data file")
-                        });
-                    }
-                } else {
-                    self.count(&format!("L2 table {table}, entry {at}"), offset, layout.cluster_bytes());
+                self.report.allocated_clusters += u64::from(active);
+                let what = format_args!("L2 table {index}, entry {at}");
+                if !layout.external_data {
+                    self.count(what, offset, layout.cluster_bytes(), Use::Data, references);
+                } else if offset != (index as u64 * layout.l2_entries() + at as u64) << layout.cluster_bits {
+                    self.report.corrupt(|| format!("{what}: {offset:#x} in the data file"));
                 }
             }
         }
@@ -195,68 +278,89 @@ impl<F: ReadAt> Check<'_, F> {
     /// Counts what the internal snapshots hold.
     fn count_snapshots(&mut self) -> io::Result<()> {
         let header = &self.image.header;
-        let mut at = header.snapshots_offset;
+        let first = header.snapshots_offset;
+        let mut at = first;
         for index in 0..header.snapshots {
             // Snapshot table entry: the L1 table's offset and entries, lengths of the ID, the name and the extra data.
-            let mut fixed = [0; 40];
-            self.file.read_at(at, &mut fixed)?;
-            let word =
-                |at: usize, len: usize| fixed[at..at + len].iter().fold(0, |w, &b| w << 8 | u64::from(b));
-            let (l1_offset, l1_entries) = (word(0, 8), word(8, 4));
-            let bytes = 40 + word(36, 4) + word(12, 2) + word(14, 2);
-            at += bytes.next_multiple_of(8);
-            if at > self.image.file_bytes {
-                self.report.corrupt(|| format!("snapshot {index} lies beyond the end of the file"));
+            let fixed: [u8; 40] = self.read_fixed(at)?;
+            let (l1_offset, l1_entries) = (word(&fixed[..8]), word(&fixed[8..12]));
+            let extra = word(&fixed[36..40]);
+            at += (40 + extra + word(&fixed[12..14]) + word(&fixed[14..16])).next_multiple_of(8);
+            let bounded = extra <= SNAPSHOT_EXTRA_BYTES_MAX && at - first <= SNAPSHOT_TABLE_BYTES_MAX;
+            if !bounded || at > self.image.file_bytes {
+                self.report
+                    .corrupt(|| format!("snapshot {index} is too long, or beyond the end of the file"));
                 return Ok(());
             }
             if l1_entries * 8 > crate::header::L1_BYTES_MAX {
                 self.report.corrupt(|| format!("snapshot {index}: its L1 table has {l1_entries} entries"));
                 continue;
             }
-            if self.count(&format!("the L1 table of snapshot {index}"), l1_offset, l1_entries * 8) {
-                let l1: Vec<_> =
-                    read_words(self.file, l1_offset, l1_entries)?.into_iter().map(L1Entry).collect();
-                self.count_tables(&l1, false)?;
+            let what = format_args!("the L1 table of snapshot {index}");
+            if self.count_metadata(what, l1_offset, l1_entries * 8) {
+                let words = read_words(self.file, l1_offset, l1_entries)?;
+                self.count_l1(&words.into_iter().map(L1Entry).collect::<Vec<_>>(), false);
             }
         }
         if header.snapshots > 0 {
-            self.count("the snapshot table", header.snapshots_offset, at - header.snapshots_offset);
+            self.count_metadata(format_args!("the snapshot table"), first, at - first);
         }
         Ok(())
     }
 
-    /// Counts what the persistent bitmaps hold (sections "Bitmap directory" and "Bitmap table").
+    /// Counts what the persistent bitmaps hold (sections "Bitmap directory" and "Bitmap table"). Where the header does not
+    /// say that they are consistent they are nothing: their clusters may be in use for something else.
     fn count_bitmaps(&mut self) -> io::Result<()> {
-        let Some(bitmaps) = self.image.header.bitmaps else { return Ok(()) };
-        if !self.count("the bitmap directory", bitmaps.directory_offset, bitmaps.directory_bytes) {
+        let header = &self.image.header;
+        let Some(bitmaps) = header.bitmaps.filter(|_| header.autoclear & autoclear::BITMAPS != 0) else {
+            return Ok(());
+        };
+        let (first, bytes) = (bitmaps.directory_offset, bitmaps.directory_bytes);
+        if bytes > BITMAP_DIRECTORY_BYTES_MAX || bitmaps.count > BITMAPS_MAX {
+            self.report.corrupt(|| format!("{} bitmaps, in a directory of {bytes} bytes", bitmaps.count));
             return Ok(());
         }
-        let (mut at, end) = (bitmaps.directory_offset, bitmaps.directory_offset + bitmaps.directory_bytes);
+        if !self.count_metadata(format_args!("the bitmap directory"), first, bytes) {
+            return Ok(());
+        }
+        let (mut at, mut entries_left) = (first, BITMAP_ENTRIES_MAX);
         for index in 0..bitmaps.count {
-            if at + 24 > end {
+            if at + 24 > first + bytes {
                 self.report.corrupt(|| format!("bitmap {index} lies beyond the end of the directory"));
                 return Ok(());
             }
-            let mut fixed = [0; 24];
-            self.file.read_at(at, &mut fixed)?;
-            let word =
-                |at: usize, len: usize| fixed[at..at + len].iter().fold(0, |w, &b| w << 8 | u64::from(b));
-            let (offset, entries) = (word(0, 8), word(8, 4));
-            at += (24 + word(18, 2) + word(20, 4)).next_multiple_of(8);
-            if !self.count(&format!("the table of bitmap {index}"), offset, entries * 8) {
-                continue;
+            let fixed: [u8; 24] = self.read_fixed(at)?;
+            let (offset, entries) = (word(&fixed[..8]), word(&fixed[8..12]));
+            at += (24 + word(&fixed[18..20]) + word(&fixed[20..24])).next_multiple_of(8);
+            if entries > entries_left {
+                self.report.corrupt(|| format!("bitmap {index}: its table has {entries} entries"));
+                return Ok(());
             }
-            for entry in read_words(self.file, offset, entries)? {
-                if let Some(cluster) = L1Entry(entry & !1).table() {
-                    self.count(
-                        &format!("data of bitmap {index}"),
-                        cluster,
-                        self.image.header.layout.cluster_bytes(),
-                    );
+            entries_left -= entries;
+            if self.count_metadata(format_args!("the table of bitmap {index}"), offset, entries * 8) {
+                self.count_bitmap(index, offset, entries)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn count_bitmap(&mut self, index: u32, offset: u64, entries: u64) -> io::Result<()> {
+        let cluster_bytes = self.image.header.layout.cluster_bytes();
+        for first in (0..entries).step_by(BITMAP_ENTRIES_AT_ONCE as usize) {
+            let count = BITMAP_ENTRIES_AT_ONCE.min(entries - first);
+            for entry in read_words(self.file, offset + first * 8, count)? {
+                if let Some(cluster) = L1Entry(entry).table() {
+                    self.count_metadata(format_args!("data of bitmap {index}"), cluster, cluster_bytes);
                 }
             }
         }
         Ok(())
+    }
+
+    fn read_fixed<const BYTES: usize>(&self, offset: u64) -> io::Result<[u8; BYTES]> {
+        let mut bytes = [0; BYTES];
+        self.file.read_at(offset, &mut bytes)?;
+        Ok(bytes)
     }
 
     /// Compares what was counted with the refcounts.
@@ -264,27 +368,32 @@ impl<F: ReadAt> Check<'_, F> {
         let layout = self.image.header.layout;
         let per_block = layout.refcounts_per_block();
         self.report.image_end = self.counts.end << layout.cluster_bits;
-        for (index, &offset) in self.image.refcount_table.iter().enumerate() {
+        for (index, offset) in std::mem::take(&mut self.blocks).into_iter().enumerate() {
             let first = index as u64 * per_block;
-            let mut bytes = vec![0; layout.cluster_bytes() as usize];
+            let mut told = 0;
             if offset != 0 {
+                let mut bytes = vec![0; layout.cluster_bytes() as usize];
                 self.file.read_at(offset, &mut bytes)?;
-            } else if first >= self.counts.end {
-                continue;
+                // All refcounts behind the last byte that is not zero are 0.
+                let bytes_used = bytes.iter().rposition(|&byte| byte != 0).map_or(0, |at| at as u64 + 1);
+                told = (bytes_used * 8).div_ceil(1 << layout.refcount_order);
+                for at in 0..told {
+                    self.compare_one(first + at, refcount::get(&bytes, layout.refcount_order, at as usize));
+                }
             }
-            // Nothing is counted beyond these.
-            let bytes_used = bytes.iter().rposition(|&byte| byte != 0).map_or(0, |at| at as u64 + 1);
-            let said_end = (bytes_used * 8).div_ceil(1 << layout.refcount_order);
-            for at in 0..said_end.max(self.counts.end.saturating_sub(first)).min(per_block) {
-                let (cluster, said) = (first + at, refcount::get(&bytes, layout.refcount_order, at as usize));
-                self.compare_one(cluster, said);
-            }
+            self.compare_uncounted(first + told..first + per_block);
         }
         let covered = self.image.refcount_table.len() as u64 * per_block;
-        for cluster in covered..self.counts.end {
-            self.compare_one(cluster, 0);
-        }
+        self.compare_uncounted(covered..self.counts.end);
         Ok(())
+    }
+
+    /// Compares a range of which all refcounts are 0.
+    fn compare_uncounted(&mut self, clusters: Range<u64>) {
+        for (cluster, references) in self.counts.counted(clusters) {
+            self.report.wrong_refcounts += 1;
+            self.report.corrupt(|| format!("cluster {cluster}: refcount 0, {references} references"));
+        }
     }
 
     fn compare_one(&mut self, cluster: u64, said: u64) {
@@ -307,11 +416,9 @@ impl<F: ReadAt> Check<'_, F> {
                 self.report.wrong_refcounts += 1;
                 self.report.corrupt(|| format!("L1 entry {index}: its bit 63 is wrong"));
             }
-            if offset + layout.cluster_bytes()
-                > self.image.file_bytes.next_multiple_of(layout.cluster_bytes())
-            {
-                continue;
-            }
+        }
+        let active = self.tables.iter().filter(|(_, table)| table.active > 0);
+        for (offset, index) in active.map(|(&offset, table)| (offset, table.index)).collect::<Vec<_>>() {
             for (at, entry) in self.read_table(offset)?.into_iter().enumerate() {
                 let Some(host) = entry.host_cluster(&layout) else { continue };
                 let alone = layout.external_data || self.counts.get(host >> layout.cluster_bits) == 1;
@@ -323,4 +430,9 @@ impl<F: ReadAt> Check<'_, F> {
         }
         Ok(())
     }
+}
+
+/// A big-endian number.
+fn word(bytes: &[u8]) -> u64 {
+    bytes.iter().fold(0, |word, &byte| word << 8 | u64::from(byte))
 }

@@ -61,7 +61,7 @@ pub fn create(new: &NewImage) -> Vec<(u64, Vec<u8>)> {
         autoclear: if raw { autoclear::RAW_DATA_FILE } else { 0 },
         compression: new.compression,
         backing_name: new.backing.as_ref().map(|(name, _)| name.clone()),
-        backing_format: new.backing.as_ref().filter(|_| new.version >= 3).map(|(_, format)| format.clone()),
+        backing_format: new.backing.as_ref().map(|(_, format)| format.clone()),
         data_file_name: new.data_file.as_ref().map(|(name, _)| name.clone()),
         bitmaps: None,
     };

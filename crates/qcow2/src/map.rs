@@ -235,7 +235,7 @@ impl Slot {
             let entry = self.entry(index, extended);
             // The entry was read before the sequence is looked at again.
             fence(Ordering::Acquire);
-            if before % 2 == 0 && self.sequence.load(Ordering::Relaxed) == before {
+            if before.is_multiple_of(2) && self.sequence.load(Ordering::Relaxed) == before {
                 if !self.used.load(Ordering::Relaxed) {
                     self.used.store(true, Ordering::Relaxed);
                 }

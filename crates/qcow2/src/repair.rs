@@ -1,9 +1,10 @@
 //! Repair of refcounts, from the tables: what an image that was left dirty needs before it can be written, and what gives
 //! leaked clusters back.
 
+use std::collections::BTreeSet;
 use std::io;
 
-use crate::check::{Counts, Report, count};
+use crate::check::{Counts, Report, Use, count};
 use crate::engine::to_bytes;
 use crate::entry::L1Entry;
 use crate::header::incompatible;
@@ -73,6 +74,7 @@ pub fn repair(file: &mut impl WriteAt) -> Result<Report, RepairError> {
     if report.corruptions == 0 && report.leaks == 0 && !dirty {
         return Ok(report);
     }
+    check_widths(&image, &counts)?;
     if report.wrong_refcounts > 0 && !dirty {
         // Until all is written, a crash leaves refcounts wrong: whoever opens the image next must know.
         set_dirty(file, &mut image, true)?;
@@ -97,6 +99,19 @@ fn set_dirty(file: &mut impl WriteAt, image: &mut Image, dirty: bool) -> io::Res
     file.sync()
 }
 
+/// Every refcount has a place that is wide enough, as far as the table goes.
+fn check_widths(image: &Image, counts: &Counts) -> Result<(), RepairError> {
+    let layout = image.header.layout;
+    let max = layout.refcount_max();
+    match counts.counted(0..counts.end).find(|&(_, references)| references > max) {
+        Some((cluster, references)) => Err(RepairError::Width { cluster, references, max }),
+        None if counts.end > image.refcount_table.len() as u64 * layout.refcounts_per_block() => {
+            Err(RepairError::Table)
+        }
+        None => Ok(()),
+    }
+}
+
 fn write_refcounts(
     file: &mut impl WriteAt,
     image: &mut Image,
@@ -105,38 +120,28 @@ fn write_refcounts(
     let layout = image.header.layout;
     let per_block = layout.refcounts_per_block();
     let mut named = false;
-    let mut block = 0;
     // New blocks are counted as they are placed, behind all that is in use: by this block or one that comes later.
-    while block * per_block < counts.end || block < image.refcount_table.len() as u64 {
-        let clusters = block * per_block..(block + 1) * per_block;
-        let used = clusters.clone().any(|cluster| counts.get(cluster) > 0);
-        let Some(&there) = image.refcount_table.get(block as usize) else {
-            if used {
-                return Err(RepairError::Table);
-            }
-            block += 1;
-            continue;
-        };
-        let mut offset = there;
-        if offset == 0 && used {
+    for block in 0..image.refcount_table.len() {
+        let first = block as u64 * per_block;
+        let clusters = first..first + per_block;
+        let mut offset = image.refcount_table[block];
+        if offset == 0 && counts.counted(clusters.clone()).next().is_some() {
             offset = counts.end << layout.cluster_bits;
-            counts.add(counts.end);
-            image.refcount_table[block as usize] = offset;
+            counts.add(counts.end, Use::Metadata, 1);
+            image.refcount_table[block] = offset;
             named = true;
         }
-        if offset != 0 {
-            let mut bytes = vec![0; layout.cluster_bytes() as usize];
-            for (index, cluster) in clusters.enumerate() {
-                let references = counts.get(cluster);
-                if references > layout.refcount_max() {
-                    let max = layout.refcount_max();
-                    return Err(RepairError::Width { cluster, references, max });
-                }
-                refcount::set(&mut bytes, layout.refcount_order, index, references);
-            }
-            file.write_at(offset, &bytes)?;
+        if offset == 0 {
+            continue;
         }
-        block += 1;
+        let mut bytes = vec![0; layout.cluster_bytes() as usize];
+        for (cluster, references) in counts.counted(clusters) {
+            refcount::set(&mut bytes, layout.refcount_order, (cluster - first) as usize, references);
+        }
+        file.write_at(offset, &bytes)?;
+    }
+    if counts.end > image.refcount_table.len() as u64 * per_block {
+        return Err(RepairError::Table);
     }
     file.sync()?;
     if named {
@@ -152,9 +157,13 @@ fn write_owned_bits(file: &mut impl WriteAt, image: &Image, counts: &Counts) -> 
     let alone = |offset: u64| counts.get(offset >> layout.cluster_bits) == 1;
     let bit = |owned: bool| if owned { 1 << 63 } else { 0 };
     let mut l1: Vec<u64> = image.l1.iter().map(|entry| entry.0).collect();
+    let mut seen = BTreeSet::new();
     for entry in &mut l1 {
         let Some(table) = L1Entry(*entry).table() else { continue };
         *entry = table | bit(alone(table));
+        if !seen.insert(table) {
+            continue;
+        }
         let before = read_words(file, table, layout.cluster_bytes() / 8)?;
         let mut words = before.clone();
         for word in words.iter_mut().step_by(layout.l2_entry_bytes() as usize / 8) {

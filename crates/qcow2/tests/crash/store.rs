@@ -129,7 +129,7 @@ impl Store {
     fn begin(&mut self, id: u64, offset: u64, sectors: Vec<Option<Sector>>, data: bool) {
         let first = (offset / SECTOR) as usize;
         // Two writes to the same place at once would end in any order: the engine never asks for that.
-        for other in self.writes.iter().filter(|other| !other.done && !(data && other.data)) {
+        for other in self.writes.iter().filter(|other| !(other.done || data && other.data)) {
             let apart = other.first + other.sectors.len() <= first || first + sectors.len() <= other.first;
             assert!(
                 apart,
