@@ -5,11 +5,15 @@
 //! process is killed: locks and sockets stay. So descriptors that somebody hostile chose belong into a table in which
 //! there is nothing else. Threads of one process usually share one table; here a thread leaves it.
 //!
-//! Unsafe is needed for three calls that `rustix` has no safe form of, because a number that means one file in one
-//! thread means another file, or none, in such a thread. Here every number is owned by exactly one table: see below.
+//! Such a thread takes no signals: a handler that writes to a descriptor, to wake somebody, would write to another file
+//! here, or to none.
+//!
+//! Unsafe is needed for calls that `rustix` has no safe form of, because a number that means one file in one thread
+//! means another file, or none, in such a thread. Here every number is owned by exactly one table: see below.
 #![allow(unsafe_code)]
 
 use std::io;
+use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
 use std::sync::mpsc;
 use std::thread;
@@ -30,6 +34,8 @@ use crate::spare::run_as_helper;
 pub fn spawn_apart(name: &str, fds: Vec<OwnedFd>, run: fn(Vec<OwnedFd>)) -> io::Result<()> {
     let numbers: Vec<RawFd> = fds.iter().map(AsRawFd::as_raw_fd).collect();
     let (tell, told) = mpsc::sync_channel(1);
+    // The thread begins with the caller's mask.
+    let blocked = SignalsBlocked::new();
     thread::Builder::new().name(name.to_owned()).spawn(move || {
         run_as_helper();
         let apart = leave_table(&numbers);
@@ -39,11 +45,36 @@ pub fn spawn_apart(name: &str, fds: Vec<OwnedFd>, run: fn(Vec<OwnedFd>)) -> io::
         let fds = numbers.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }).collect();
         run(fds);
     })?;
+    drop(blocked);
     if !told.recv().unwrap_or(false) {
         // The thread owns them, in the table that is shared.
         fds.into_iter().map(IntoRawFd::into_raw_fd).for_each(|_| ());
     }
     Ok(())
+}
+
+/// All signals are blocked for the calling thread, until this is dropped.
+struct SignalsBlocked(libc::sigset_t);
+
+impl SignalsBlocked {
+    fn new() -> Self {
+        let mut all = MaybeUninit::uninit();
+        let mut before = MaybeUninit::uninit();
+        // SAFETY: the first call fills `all`, and the second reads it and fills `before`. Neither can fail: the pointers are
+        // good and the operation is one that there is.
+        unsafe {
+            libc::sigfillset(all.as_mut_ptr());
+            libc::pthread_sigmask(libc::SIG_SETMASK, all.as_ptr(), before.as_mut_ptr());
+            Self(before.assume_init())
+        }
+    }
+}
+
+impl Drop for SignalsBlocked {
+    fn drop(&mut self) {
+        // SAFETY: reads a set that the system filled.
+        unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &raw const self.0, std::ptr::null_mut()) };
+    }
 }
 
 /// Makes a table of descriptors for the calling thread, with `keep` and nothing behind 0, 1 and 2; false if the system
@@ -102,6 +133,32 @@ mod tests {
             .collect();
         found.sort_unstable();
         writeln!(stream, "{found:?}").unwrap();
+    }
+
+    /// The signals that are blocked, on the socket it was given.
+    fn blocked_signals(fds: Vec<OwnedFd>) {
+        let mut stream = UnixStream::from(fds.into_iter().next().unwrap());
+        stream.write_all(mask().as_bytes()).unwrap();
+    }
+
+    /// The mask of this thread, in hexadecimal.
+    fn mask() -> String {
+        let status = std::fs::read_to_string("/proc/thread-self/status").unwrap();
+        status.lines().find_map(|line| line.strip_prefix("SigBlk:")).unwrap().trim().to_owned()
+    }
+
+    #[test]
+    fn a_thread_takes_no_signals_and_the_caller_goes_on_as_before() {
+        let before = mask();
+        let (mut ours, theirs) = UnixStream::pair().unwrap();
+        spawn_apart("apart", vec![theirs.into()], blocked_signals).unwrap();
+        let mut found = String::new();
+        ours.read_to_string(&mut found).unwrap();
+        let blocked = u64::from_str_radix(&found, 16).unwrap();
+        for signal in [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGUSR1] {
+            assert!(blocked >> (signal - 1) & 1 == 1, "signal {signal} is not in {found}");
+        }
+        assert_eq!(mask(), before);
     }
 
     #[test]
