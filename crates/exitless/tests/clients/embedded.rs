@@ -57,7 +57,8 @@ fn kvm_works() -> Result<(), String> {
             .write(true)
             .open("/dev/kvm")
             .map_err(|error| format!("/dev/kvm: {error}"))?;
-        let mut command = command(&Scratch::new(), KVM, "job=blk ms=50", &Device::Forgetful);
+        let scratch = Scratch::new();
+        let mut command = command(&scratch, KVM, "job=blk ms=50", &Device::Forgetful);
         let (_, lines) = probe::output(&mut command)?;
         let said = lines.iter().any(|line| line.starts_with('{'));
         if said { Ok(()) } else { Err(format!("QEMU with KVM: {}", probe::telling(&lines))) }

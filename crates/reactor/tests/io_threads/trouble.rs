@@ -72,6 +72,8 @@ fn a_poller_that_lost_what_it_had_in_flight_is_removed_and_its_place_taken_anew(
         };
         let seat = pool.place("rogue", Mode::Hybrid).unwrap();
         let handle = seat.add("rogue", move || Box::new(Script(script))).unwrap();
+        // Told to go before its first poll, it would drain as one that never panicked.
+        wait_until("it panicked", || handle.state() == PollerState::Failed);
         handle.remove().unwrap();
         still_serves(&neighbour);
     }
