@@ -147,6 +147,13 @@ impl Chains {
         self.slot(token).id
     }
 
+    /// The same by slot, also of a chain that was given back last in it.
+    #[cfg(feature = "std")]
+    #[inline(always)]
+    pub(crate) fn id_in(&self, slot: u16) -> u16 {
+        self.slots[usize::from(slot)].id
+    }
+
     #[inline(always)]
     pub(super) fn slot(&self, token: &Token) -> &Slot {
         &self.slots[token.slot()]
@@ -161,6 +168,13 @@ impl Chains {
         }
         self.free.push(token.0);
         (slot.id, slot.descriptors)
+    }
+
+    /// The slots given back last, `count` of them, the latest last.
+    #[cfg(feature = "std")]
+    #[inline(always)]
+    pub(crate) fn released(&self, count: usize) -> &[u16] {
+        &self.free[self.free.len() - count..]
     }
 
     /// Fills a free slot by `walk`.

@@ -36,12 +36,6 @@ impl PackedDevice {
         is_available_at(self.descriptors(), Position { offset, wrap })
     }
 
-    /// The descriptor at `offset`, as it stands in memory.
-    #[inline(always)]
-    pub(crate) fn descriptor(&self, offset: u16) -> Descriptor {
-        Descriptor::load(self.descriptors(), offset)
-    }
-
     /// Takes back used descriptors that were written behind `used` and never published, `outstanding` of them at most,
     /// and tells where the ring stands when those are in flight.
     pub(crate) fn forget_used(&self, used: (u16, bool), outstanding: u16) -> RingState {
