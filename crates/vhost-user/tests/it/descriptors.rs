@@ -88,13 +88,15 @@ fn a_socket_that_lingers_is_closed_where_nobody_waits() {
     let mut scene = Scene::new();
     for request in [FrontendReq::SET_VRING_CALL, FrontendReq::SET_VRING_ERR, FrontendReq::SET_VRING_KICK] {
         let mut raw = scene.hostile();
-        let (fd, _listener, _theirs) = lingering();
+        let (fd, listener, theirs) = lingering();
         raw.send(request, NEED_REPLY, &longs(&[0]), &[fd.as_fd()]);
         // The service has the only one.
         drop(fd);
         assert_eq!(raw.reply_u64(), Some(1), "{request:?}");
         scene.check_neighbour();
         drop(raw);
+        // It resets the connection, and ends the wait.
+        drop((theirs, listener));
         scene.check();
     }
     scene.stop();
