@@ -229,6 +229,7 @@ impl Server {
     /// The system refuses to wait for descriptors. No fault of a front end ends it.
     pub fn run(&self, shutdown: BorrowedFd<'_>) -> Result<(), Error> {
         let mut active: Option<Active> = None;
+        let mut arrived: Option<UnixStream> = None;
         let mut deaf_until: Option<Instant> = None;
         let mut leaving: Vec<OwnedFd> = Vec::new();
         loop {
@@ -263,17 +264,17 @@ impl Server {
                 active
             });
             // While the front end that leaves is seen off, the next one waits.
-            if ready.listener && deaf_until.is_none() && (active.is_none() || !ready.hung_up) {
-                match self.accept(active.is_some()) {
-                    Ok(next) => active = active.or(next),
-                    Err(error) => {
-                        if self.log.admits(Kind::NotAccepted) {
-                            tracing::warn!(%error, "cannot accept a front end");
-                        }
-                        deaf_until = Some(Instant::now() + ACCEPT_PAUSE);
-                    }
+            let waits = ready.listener || arrived.is_some() && leaving.len() < LEAVING_MAX;
+            if waits && deaf_until.is_none() && (active.is_none() || !ready.hung_up) {
+                match self.accept(&mut arrived, active.is_some(), &mut leaving) {
+                    Accepted::Active(next) => active = Some(*next),
+                    Accepted::Nobody => {}
+                    Accepted::NotNow => deaf_until = Some(Instant::now() + ACCEPT_PAUSE),
                 }
             }
+        }
+        if let Some(stream) = arrived {
+            intake::outlive(stream.as_fd());
         }
         if let Some(active) = active {
             self.end(active, &mut leaving, None);
@@ -338,14 +339,47 @@ impl Server {
     }
 
     /// Accepts a front end, if one waits: it gets the device unless that `is_taken`.
-    fn accept(&self, is_taken: bool) -> std::io::Result<Option<Active>> {
-        let Some(stream) = self.listener.accept()? else { return Ok(None) };
+    fn accept(
+        &self,
+        arrived: &mut Option<UnixStream>,
+        is_taken: bool,
+        leaving: &mut Vec<OwnedFd>,
+    ) -> Accepted {
+        self.try_accept(arrived, is_taken, leaving).unwrap_or_else(|error| {
+            if self.log.admits(Kind::NotAccepted) {
+                tracing::warn!(%error, "cannot accept a front end");
+            }
+            Accepted::NotNow
+        })
+    }
+
+    /// One that `arrived` and could not be handed over goes first: it may have sent descriptors, so its connection is
+    /// not closed here.
+    fn try_accept(
+        &self,
+        arrived: &mut Option<UnixStream>,
+        is_taken: bool,
+        leaving: &mut Vec<OwnedFd>,
+    ) -> std::io::Result<Accepted> {
+        let Some(stream) =
+            arrived.take().map_or_else(|| self.listener.accept(), |stream| Ok(Some(stream)))?
+        else {
+            return Ok(Accepted::Nobody);
+        };
+        let link = match intake::open(&stream) {
+            Ok(link) => link,
+            Err(error) => {
+                *arrived = Some(stream);
+                return Err(error);
+            }
+        };
         let peer = peer_of(&stream);
+        let replies = Replies::new(stream);
         if is_taken {
             self.turn_away(peer);
-            return Ok(None);
+            see_off(replies, link, leaving);
+            return Ok(Accepted::Nobody);
         }
-        let link = intake::open(&stream)?;
         let Shared { queues, record, .. } = &*self.shared;
         let mut session = Session::new(
             queues.clone(),
@@ -359,15 +393,19 @@ impl Server {
         status.connected = true;
         status.peer = peer;
         status.sessions += 1;
-        let replies = Replies::new(stream);
-        Ok(Some(Active { link, replies, session, peer, has_spoken: false, hung_up: None }))
+        drop(status);
+        let active = Active { session, replies, link, peer, has_spoken: false, hung_up: None };
+        Ok(Accepted::Active(Box::new(active)))
     }
 
     fn turn_away(&self, peer: Option<Peer>) {
-        let mut status = self.shared.status();
-        status.refused += 1;
+        let holder = {
+            let mut status = self.shared.status();
+            status.refused += 1;
+            status.peer
+        };
         if self.log.admits(Kind::TurnedAway) {
-            let (socket, holder) = (self.listener.path().display(), status.peer);
+            let socket = self.listener.path().display();
             tracing::warn!(%socket, ?peer, ?holder, "front end refused: the device is taken");
         }
     }
@@ -404,9 +442,7 @@ impl Server {
             status.last_error = error;
         }
         drop(status);
-        // This end before that of the thread: what the front end has sent and nobody took goes with the last.
-        drop(replies);
-        leaving.push(link.leave());
+        see_off(replies, link, leaving);
     }
 
     /// Notes a message. The first one is what makes a connection worth a line.
@@ -440,11 +476,21 @@ struct Ready {
     hung_up: bool,
 }
 
-/// A front end and what it has set up.
+/// What came of accepting.
+enum Accepted {
+    /// A front end that has the device.
+    Active(Box<Active>),
+    /// None that is to be served.
+    Nobody,
+    /// The system refuses for now.
+    NotNow,
+}
+
+/// A front end and what it has set up. Dropped from top to bottom: see [`see_off`].
 struct Active {
-    link: Link,
-    replies: Replies,
     session: Session,
+    replies: Replies,
+    link: Link,
     peer: Option<Peer>,
     /// It has sent a message.
     has_spoken: bool,
@@ -490,6 +536,13 @@ impl Active {
         }
         Ok(Step::GoOn)
     }
+}
+
+/// Ends a connection: this end before that of its thread, because what the front end has sent and nobody took is closed
+/// with the last.
+fn see_off(replies: Replies, link: Link, leaving: &mut Vec<OwnedFd>) {
+    drop(replies);
+    leaving.push(link.leave());
 }
 
 fn peer_of(stream: &UnixStream) -> Option<Peer> {
