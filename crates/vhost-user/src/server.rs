@@ -8,7 +8,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -23,7 +23,7 @@ use crate::peer_log::{Kind, PeerLog};
 use crate::session::{Reply, Session, SessionError, SessionOptions, lock};
 use crate::wire::{Received, Replies, WireError};
 
-/// How long no front end is accepted after the system refused to (it is out of descriptors).
+/// How long no front end is accepted after the system refused to (it is out of descriptors), or while none may be.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
 /// How long no front end is accepted after one that made a thread of ours wait. It can do that for some 20 ms in a
 /// session, so this keeps whoever tries it all the time below 0.1 % of an I/O thread's time.
@@ -128,6 +128,8 @@ pub struct Status {
 /// What the control thread shares with others.
 struct Shared {
     status: Mutex<Status>,
+    /// Held while a front end gets the device, or while none is to get it.
+    admission: Mutex<()>,
     queues: Arc<Mutex<QueueSet>>,
     record: Arc<Mutex<Option<RecordId>>>,
 }
@@ -135,6 +137,15 @@ struct Shared {
 impl Shared {
     fn status(&self) -> MutexGuard<'_, Status> {
         self.status.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// For a front end to get the device; None if that has to wait.
+    fn try_admission(&self) -> Option<MutexGuard<'_, ()>> {
+        match self.admission.try_lock() {
+            Ok(admission) => Some(admission),
+            Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
+            Err(TryLockError::WouldBlock) => None,
+        }
     }
 }
 
@@ -157,11 +168,12 @@ impl ServerHandle {
         status
     }
 
-    /// Does something while no front end has the device, and keeps those away that would connect meanwhile; None if one
-    /// has it.
+    /// Does something while no front end has the device, and has those wait that would connect meanwhile; None if one
+    /// has it. It may take its time: the control thread and [`ServerHandle::status`] do not wait for it.
     pub fn unless_connected<T>(&self, act: impl FnOnce() -> T) -> Option<T> {
-        let status = self.0.status();
-        (!status.connected).then(act)
+        let _admission = self.0.admission.lock().unwrap_or_else(PoisonError::into_inner);
+        let connected = self.0.status().connected;
+        (!connected).then(act)
     }
 }
 
@@ -201,6 +213,7 @@ impl Server {
             Status { queues: vec![QueueStatus::default(); device.queues().into()], ..Status::default() };
         let shared = Shared {
             status: Mutex::new(status),
+            admission: Mutex::default(),
             queues: Arc::new(Mutex::new(queues)),
             record: Arc::default(),
         };
@@ -361,6 +374,10 @@ impl Server {
         is_taken: bool,
         leaving: &mut Vec<OwnedFd>,
     ) -> std::io::Result<Accepted> {
+        let admission = self.shared.try_admission();
+        if !is_taken && admission.is_none() {
+            return Ok(Accepted::NotNow);
+        }
         let Some(stream) =
             arrived.take().map_or_else(|| self.listener.accept(), |stream| Ok(Some(stream)))?
         else {
@@ -482,7 +499,7 @@ enum Accepted {
     Active(Box<Active>),
     /// None that is to be served.
     Nobody,
-    /// The system refuses for now.
+    /// The system refuses, or the device is to be without a front end for now.
     NotNow,
 }
 

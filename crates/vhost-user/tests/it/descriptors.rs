@@ -20,7 +20,7 @@ use virtio::RingFormat;
 
 use crate::blocked::neighbours;
 use crate::fuse::{FILE_BYTES, Fuse};
-use crate::host::{Host, Vm, eventually};
+use crate::host::{Host, PATIENCE, Vm, eventually};
 use crate::raw::{NEED_REPLY, Raw, longs, words};
 
 /// A neighbour that is served, and the device of a front end that is up to no good.
@@ -181,6 +181,29 @@ fn what_was_sent_before_a_connection_failed_is_closed_where_nobody_waits() {
     assert_eq!(Raw::connect(&scene.bad.path).ask(FrontendReq::GET_QUEUE_NUM), Some(2));
     scene.check();
     scene.stop();
+}
+
+#[test]
+fn what_was_sent_before_anybody_accepted_is_closed_where_nobody_waits() {
+    let mut scene = Scene::new();
+    let (handle, path) = (scene.bad.handle.clone(), scene.bad.path.clone());
+    let (tell, told) = std::sync::mpsc::channel();
+    std::thread::scope(|scope| {
+        let bad = &mut scene.bad;
+        handle.unless_connected(|| {
+            let (fd, _listener, _theirs) = lingering();
+            let raw = Raw::connect(&path);
+            assert!(raw.send(FrontendReq::SET_OWNER, 0, &[], &[fd.as_fd()]));
+            let_go(fd);
+            drop(raw);
+            scope.spawn(move || {
+                bad.stop();
+                tell.send(()).unwrap();
+            });
+            told.recv_timeout(PATIENCE).expect("the service stops");
+        })
+    });
+    scene.check_neighbour();
 }
 
 #[test]
