@@ -73,17 +73,14 @@ fn refuses(raw: &mut Raw, request: FrontendReq, fd: BorrowedFd<'_>) {
     assert_eq!(raw.reply_u64(), Some(1), "{request:?}");
 }
 
-/// How long the last close of a lingering connection waits: longer than any test.
-const LINGER: Duration = Duration::from_secs(1000);
-
-/// A connection whose last close waits for its peer, which never reads.
+/// A connection whose last close waits for its peer, which never reads: longer than any test waits.
 fn lingering() -> (OwnedFd, TcpListener, TcpStream) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let mut ours = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
     let (theirs, _) = listener.accept().unwrap();
     ours.set_nonblocking(true).unwrap();
     while ours.write(&[0; 1 << 16]).is_ok() {}
-    rustix::net::sockopt::set_socket_linger(&ours, Some(LINGER)).unwrap();
+    rustix::net::sockopt::set_socket_linger(&ours, Some(Duration::from_secs(3600))).unwrap();
     (ours.into(), listener, theirs)
 }
 
