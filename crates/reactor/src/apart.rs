@@ -22,34 +22,59 @@ use rustix::event::epoll;
 
 use crate::spare::run_as_helper;
 
+/// No thread could be had; the descriptors come back. Closing them here may wait.
+#[derive(Debug)]
+pub struct NotSpawned {
+    /// The system's reason.
+    pub error: io::Error,
+    /// What the thread was to have.
+    pub fds: Vec<OwnedFd>,
+}
+
+impl From<NotSpawned> for io::Error {
+    fn from(refused: NotSpawned) -> Self {
+        refused.error
+    }
+}
+
 /// Runs `run` on a new thread whose table of descriptors has `fds` and no others. Neither the calling thread's table
-/// nor anything but `fds` is seen there, so `run` captures nothing. Returns when the descriptors have changed hands. It
-/// runs on the CPUs of [helpers](crate::helper_cpus).
+/// nor anything but `fds` is seen there, so `run` captures nothing. Returns when the descriptors have changed hands:
+/// `run` begins when the caller has closed its own, so what closes a file for the last time is not the caller. It runs
+/// on the CPUs of [helpers](crate::helper_cpus).
 ///
 /// Where the system does not allow a table of its own (a filter of system calls, say) the thread shares the caller's.
 /// Best called on a thread that has few descriptors: for a moment they are in both tables.
 ///
 /// # Errors
-/// The system refuses another thread; the descriptors are closed.
-pub fn spawn_apart(name: &str, fds: Vec<OwnedFd>, run: fn(Vec<OwnedFd>)) -> io::Result<()> {
+/// The system refuses another thread.
+pub fn spawn_apart(name: &str, fds: Vec<OwnedFd>, run: fn(Vec<OwnedFd>)) -> Result<(), NotSpawned> {
     let numbers: Vec<RawFd> = fds.iter().map(AsRawFd::as_raw_fd).collect();
     let (tell, told) = mpsc::sync_channel(1);
+    let (let_go, is_let_go) = mpsc::sync_channel::<()>(1);
     // The thread begins with the caller's mask.
     let blocked = SignalsBlocked::new();
-    thread::Builder::new().name(name.to_owned()).spawn(move || {
+    let spawned = thread::Builder::new().name(name.to_owned()).spawn(move || {
         run_as_helper();
         let apart = leave_table(&numbers);
         let _ = tell.send(apart);
         // SAFETY: open in this thread's table: it is a copy in which they were kept, and the caller goes on owning
         // the numbers in its own; or the table is the caller's, who then gives up the numbers.
         let fds = numbers.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }).collect();
+        // An error: the caller has nothing more to say.
+        let _ = is_let_go.recv();
         run(fds);
-    })?;
+    });
     drop(blocked);
-    if !told.recv().unwrap_or(false) {
+    if let Err(error) = spawned {
+        return Err(NotSpawned { error, fds });
+    }
+    if told.recv().unwrap_or(false) {
+        drop(fds);
+    } else {
         // The thread owns them, in the table that is shared.
         fds.into_iter().map(IntoRawFd::into_raw_fd).for_each(|_| ());
     }
+    drop(let_go);
     Ok(())
 }
 
@@ -159,6 +184,29 @@ mod tests {
             assert!(blocked >> (signal - 1) & 1 == 1, "signal {signal} is not in {found}");
         }
         assert_eq!(mask(), before);
+    }
+
+    /// Whether the file it was given is still in the caller's table, on that file.
+    fn is_still_the_callers(fds: Vec<OwnedFd>) {
+        let mut stream = UnixStream::from(fds.into_iter().next().unwrap());
+        let of = |path: &str| std::fs::read_link(path).ok();
+        let name = of(&format!("/proc/thread-self/fd/{}", stream.as_raw_fd()));
+        assert!(name.is_some());
+        let table = std::fs::read_dir("/proc/self/fd").unwrap();
+        let found =
+            table.filter_map(|entry| entry.ok()).any(|entry| std::fs::read_link(entry.path()).ok() == name);
+        writeln!(stream, "{found}").unwrap();
+    }
+
+    #[test]
+    fn what_closes_a_file_for_the_last_time_is_not_the_caller() {
+        for _ in 0..100 {
+            let (mut ours, theirs) = UnixStream::pair().unwrap();
+            spawn_apart("apart", vec![theirs.into()], is_still_the_callers).unwrap();
+            let mut found = String::new();
+            ours.read_to_string(&mut found).unwrap();
+            assert_eq!(found, "false\n");
+        }
     }
 
     #[test]

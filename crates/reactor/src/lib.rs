@@ -45,7 +45,7 @@ mod timer;
 mod tsc;
 mod watchdog;
 
-pub use apart::spawn_apart;
+pub use apart::{NotSpawned, spawn_apart};
 pub use clock::Clock;
 pub use cpulist::{CPUS_MAX, CpuList, CpuListError, format_cpus};
 pub use cpus::{Cpu, Machine, Quota, cpus_of_process};

@@ -16,8 +16,11 @@ use rustix::fs::{
 };
 use rustix::io::Errno;
 use rustix::net::{
-    AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen, socket_with, sockopt,
+    AddressFamily, Shutdown, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen, shutdown,
+    socket_with, sockopt,
 };
+
+use crate::intake;
 
 /// Front ends that may wait to be told that the device is taken.
 const BACKLOG: i32 = 16;
@@ -129,6 +132,8 @@ impl Drop for Listener {
         if ours && let Err(error) = unlink(&self.path) {
             tracing::warn!(path = %self.path.display(), %error, "socket not removed");
         }
+        // Peers that were not accepted may have sent descriptors.
+        intake::outlive(self.socket.as_fd());
     }
 }
 
@@ -170,6 +175,8 @@ fn remove_stale(path: &Path, address: &SocketAddrUnix) -> Result<(), ListenError
         return Err(ListenError::NotASocket { path: path.to_owned() });
     }
     let probe = stream_socket().map_err(system("make a socket for"))?;
+    // Whoever listens there is to send nothing, least of all descriptors.
+    shutdown(&probe, Shutdown::Read).map_err(system("make a socket for"))?;
     let in_use = |pid| Err(ListenError::InUse { path: path.to_owned(), pid });
     match connect(&probe, address) {
         Err(Errno::CONNREFUSED) => {}

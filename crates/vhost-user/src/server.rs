@@ -8,7 +8,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -23,7 +23,7 @@ use crate::peer_log::{Kind, PeerLog};
 use crate::session::{Reply, Session, SessionError, SessionOptions, lock};
 use crate::wire::{Received, Replies, WireError};
 
-/// How long no front end is accepted after the system refused to (it is out of descriptors).
+/// How long no front end is accepted after the system refused to (it is out of descriptors), or while none may be.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
 /// How long no front end is accepted after one that made a thread of ours wait. It can do that for some 20 ms in a
 /// session, so this keeps whoever tries it all the time below 0.1 % of an I/O thread's time.
@@ -128,6 +128,8 @@ pub struct Status {
 /// What the control thread shares with others.
 struct Shared {
     status: Mutex<Status>,
+    /// Held while a front end gets the device, or while none is to get it.
+    admission: Mutex<()>,
     queues: Arc<Mutex<QueueSet>>,
     record: Arc<Mutex<Option<RecordId>>>,
 }
@@ -135,6 +137,15 @@ struct Shared {
 impl Shared {
     fn status(&self) -> MutexGuard<'_, Status> {
         self.status.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// For a front end to get the device; None if that has to wait.
+    fn try_admission(&self) -> Option<MutexGuard<'_, ()>> {
+        match self.admission.try_lock() {
+            Ok(admission) => Some(admission),
+            Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
+            Err(TryLockError::WouldBlock) => None,
+        }
     }
 }
 
@@ -157,11 +168,12 @@ impl ServerHandle {
         status
     }
 
-    /// Does something while no front end has the device, and keeps those away that would connect meanwhile; None if one
-    /// has it.
+    /// Does something while no front end has the device, and has those wait that would connect meanwhile; None if one
+    /// has it. It may take its time: the control thread and [`ServerHandle::status`] do not wait for it.
     pub fn unless_connected<T>(&self, act: impl FnOnce() -> T) -> Option<T> {
-        let status = self.0.status();
-        (!status.connected).then(act)
+        let _admission = self.0.admission.lock().unwrap_or_else(PoisonError::into_inner);
+        let connected = self.0.status().connected;
+        (!connected).then(act)
     }
 }
 
@@ -201,6 +213,7 @@ impl Server {
             Status { queues: vec![QueueStatus::default(); device.queues().into()], ..Status::default() };
         let shared = Shared {
             status: Mutex::new(status),
+            admission: Mutex::default(),
             queues: Arc::new(Mutex::new(queues)),
             record: Arc::default(),
         };
@@ -229,6 +242,7 @@ impl Server {
     /// The system refuses to wait for descriptors. No fault of a front end ends it.
     pub fn run(&self, shutdown: BorrowedFd<'_>) -> Result<(), Error> {
         let mut active: Option<Active> = None;
+        let mut arrived: Option<UnixStream> = None;
         let mut deaf_until: Option<Instant> = None;
         let mut leaving: Vec<OwnedFd> = Vec::new();
         loop {
@@ -263,17 +277,17 @@ impl Server {
                 active
             });
             // While the front end that leaves is seen off, the next one waits.
-            if ready.listener && deaf_until.is_none() && (active.is_none() || !ready.hung_up) {
-                match self.accept(active.is_some()) {
-                    Ok(next) => active = active.or(next),
-                    Err(error) => {
-                        if self.log.admits(Kind::NotAccepted) {
-                            tracing::warn!(%error, "cannot accept a front end");
-                        }
-                        deaf_until = Some(Instant::now() + ACCEPT_PAUSE);
-                    }
+            let waits = ready.listener || arrived.is_some() && leaving.len() < LEAVING_MAX;
+            if waits && deaf_until.is_none() && (active.is_none() || !ready.hung_up) {
+                match self.accept(&mut arrived, active.is_some(), &mut leaving) {
+                    Accepted::Active(next) => active = Some(*next),
+                    Accepted::Nobody => {}
+                    Accepted::NotNow => deaf_until = Some(Instant::now() + ACCEPT_PAUSE),
                 }
             }
+        }
+        if let Some(stream) = arrived {
+            intake::outlive(stream.as_fd());
         }
         if let Some(active) = active {
             self.end(active, &mut leaving, None);
@@ -338,14 +352,51 @@ impl Server {
     }
 
     /// Accepts a front end, if one waits: it gets the device unless that `is_taken`.
-    fn accept(&self, is_taken: bool) -> std::io::Result<Option<Active>> {
-        let Some(stream) = self.listener.accept()? else { return Ok(None) };
+    fn accept(
+        &self,
+        arrived: &mut Option<UnixStream>,
+        is_taken: bool,
+        leaving: &mut Vec<OwnedFd>,
+    ) -> Accepted {
+        self.try_accept(arrived, is_taken, leaving).unwrap_or_else(|error| {
+            if self.log.admits(Kind::NotAccepted) {
+                tracing::warn!(%error, "cannot accept a front end");
+            }
+            Accepted::NotNow
+        })
+    }
+
+    /// One that `arrived` and could not be handed over goes first: it may have sent descriptors, so its connection is
+    /// not closed here.
+    fn try_accept(
+        &self,
+        arrived: &mut Option<UnixStream>,
+        is_taken: bool,
+        leaving: &mut Vec<OwnedFd>,
+    ) -> std::io::Result<Accepted> {
+        let admission = self.shared.try_admission();
+        if !is_taken && admission.is_none() {
+            return Ok(Accepted::NotNow);
+        }
+        let Some(stream) =
+            arrived.take().map_or_else(|| self.listener.accept(), |stream| Ok(Some(stream)))?
+        else {
+            return Ok(Accepted::Nobody);
+        };
+        let link = match intake::open(&stream) {
+            Ok(link) => link,
+            Err(error) => {
+                *arrived = Some(stream);
+                return Err(error);
+            }
+        };
         let peer = peer_of(&stream);
+        let replies = Replies::new(stream);
         if is_taken {
             self.turn_away(peer);
-            return Ok(None);
+            see_off(replies, link, leaving);
+            return Ok(Accepted::Nobody);
         }
-        let link = intake::open(&stream)?;
         let Shared { queues, record, .. } = &*self.shared;
         let mut session = Session::new(
             queues.clone(),
@@ -359,15 +410,19 @@ impl Server {
         status.connected = true;
         status.peer = peer;
         status.sessions += 1;
-        let replies = Replies::new(stream);
-        Ok(Some(Active { link, replies, session, peer, has_spoken: false, hung_up: None }))
+        drop(status);
+        let active = Active { session, replies, link, peer, has_spoken: false, hung_up: None };
+        Ok(Accepted::Active(Box::new(active)))
     }
 
     fn turn_away(&self, peer: Option<Peer>) {
-        let mut status = self.shared.status();
-        status.refused += 1;
+        let holder = {
+            let mut status = self.shared.status();
+            status.refused += 1;
+            status.peer
+        };
         if self.log.admits(Kind::TurnedAway) {
-            let (socket, holder) = (self.listener.path().display(), status.peer);
+            let socket = self.listener.path().display();
             tracing::warn!(%socket, ?peer, ?holder, "front end refused: the device is taken");
         }
     }
@@ -404,9 +459,7 @@ impl Server {
             status.last_error = error;
         }
         drop(status);
-        // This end before that of the thread: what the front end has sent and nobody took goes with the last.
-        drop(replies);
-        leaving.push(link.leave());
+        see_off(replies, link, leaving);
     }
 
     /// Notes a message. The first one is what makes a connection worth a line.
@@ -440,11 +493,21 @@ struct Ready {
     hung_up: bool,
 }
 
-/// A front end and what it has set up.
+/// What came of accepting.
+enum Accepted {
+    /// A front end that has the device.
+    Active(Box<Active>),
+    /// None that is to be served.
+    Nobody,
+    /// The system refuses, or the device is to be without a front end for now.
+    NotNow,
+}
+
+/// A front end and what it has set up. Dropped from top to bottom: see [`see_off`].
 struct Active {
-    link: Link,
-    replies: Replies,
     session: Session,
+    replies: Replies,
+    link: Link,
     peer: Option<Peer>,
     /// It has sent a message.
     has_spoken: bool,
@@ -490,6 +553,13 @@ impl Active {
         }
         Ok(Step::GoOn)
     }
+}
+
+/// Ends a connection: this end before that of its thread, because what the front end has sent and nobody took is closed
+/// with the last.
+fn see_off(replies: Replies, link: Link, leaving: &mut Vec<OwnedFd>) {
+    drop(replies);
+    leaving.push(link.leave());
 }
 
 fn peer_of(stream: &UnixStream) -> Option<Peer> {

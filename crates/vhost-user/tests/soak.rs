@@ -23,6 +23,7 @@ use std::io::Write;
 use std::net::{TcpListener, TcpStream};
 use std::num::NonZeroUsize;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -49,9 +50,10 @@ const PAGE: u64 = 4096;
 type Round = fn(&Host);
 
 /// What front ends try, each on a device of its own.
-const ATTACKS: [(&str, Round); 7] = [
+const ATTACKS: [(&str, Round); 8] = [
     ("connections", connections),
     ("descriptors", descriptors),
+    ("descriptors that nobody asked for", stowaways),
     ("files of user programs", user_files),
     ("exploding chains", exploding_chain),
     ("memory tables", memory_tables),
@@ -88,18 +90,50 @@ fn connections(host: &Host) {
     idle(host);
 }
 
+/// A connection whose last close waits for its peer, which never reads, for a second.
+fn lingering() -> (TcpStream, TcpListener, TcpStream) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let mut ours = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    let (theirs, _) = listener.accept().unwrap();
+    ours.set_nonblocking(true).unwrap();
+    while ours.write(&[0; 1 << 16]).is_ok() {}
+    rustix::net::sockopt::set_socket_linger(&ours, Some(Duration::from_secs(1))).unwrap();
+    (ours, listener, theirs)
+}
+
+/// Sends such a connection along with `bytes` and lets go of it. What is returned has it linger.
+fn send_lingering(raw: &Raw, bytes: &[u8]) -> (TcpListener, TcpStream) {
+    let (fd, listener, theirs) = lingering();
+    raw.send_bytes(bytes, &[fd.as_fd()]);
+    // If the service has closed its own already this one lingers, and is not waited for.
+    std::thread::spawn(move || drop(fd));
+    (listener, theirs)
+}
+
+/// Sockets that linger: beside the device's state, in messages of front ends that are turned away, and in what comes
+/// after a message that is none.
+fn stowaways(host: &Host) {
+    const LOAD: u32 = 1;
+    let mut raw = negotiated(host);
+    let (state, ours) = UnixStream::pair().unwrap();
+    raw.send(FrontendReq::SET_DEVICE_STATE_FD, 0, &words(&[LOAD, 0]), &[state.as_fd()]);
+    assert!(raw.reply_u64().is_some());
+    let owner = message(FrontendReq::SET_OWNER.into(), 1, &[]);
+    let _turned_away: Vec<_> = (0..3).map(|_| send_lingering(&Raw::connect(&host.path), &owner)).collect();
+    let _state = send_lingering(&Raw(ours), b"state");
+    raw.send(FrontendReq::CHECK_DEVICE_STATE, 0, &[], &[]);
+    raw.send_bytes(&[0xff; 12], &[]);
+    let _after = send_lingering(&raw, &owner);
+    raw.wait_for_end();
+}
+
 /// Sockets that linger, pipes and channels that are full, more descriptors than there should be.
 fn descriptors(host: &Host) {
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let mut lingering = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-    let _theirs = listener.accept().unwrap();
-    lingering.set_nonblocking(true).unwrap();
-    while lingering.write(&[0; 1 << 16]).is_ok() {}
-    rustix::net::sockopt::set_socket_linger(&lingering, Some(Duration::from_secs(1))).unwrap();
+    let (lingering, _listener, _theirs) = lingering();
     let (_reader, pipe) = rustix::pipe::pipe().unwrap();
     rustix::fs::fcntl_setfl(&pipe, rustix::fs::OFlags::NONBLOCK).unwrap();
     while rustix::io::write(&pipe, &[0; 8]).is_ok() {}
-    let (channel, _other) = std::os::unix::net::UnixStream::pair().unwrap();
+    let (channel, _other) = UnixStream::pair().unwrap();
     let mut raw = negotiated(host);
     let decent = new_eventfd();
     let mut ask = |request, fds: &[BorrowedFd<'_>]| {

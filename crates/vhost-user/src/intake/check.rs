@@ -116,7 +116,7 @@ fn channel(fd: OwnedFd) -> Pumped {
         Kind::Other => return Err((fd, "neither a pipe nor a Unix stream socket".to_owned())),
     };
     // Messages stay whole, and keep their descriptors.
-    with_pair(to, pair(SocketType::SEQPACKET), |ours, to| Pump::new(End::Socket(ours), to), takes_fds)
+    with_pair(to, pair(SocketType::SEQPACKET), |ours, to| Pump::new(End::Channel(ours), to), takes_fds)
 }
 
 fn state(fd: OwnedFd, access: OFlags) -> Pumped {

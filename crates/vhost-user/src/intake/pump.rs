@@ -1,6 +1,7 @@
 //! Moves bytes between a file of the peer's and one of ours, on the connection's thread.
 //!
-//! Only a file that a system call makes wait is waited for here, and only the peer's own connection with it.
+//! Only a file that a system call makes wait is waited for here, and only the peer's own connection with it. Descriptors
+//! are moved to the peer, never from it.
 
 use std::io::IoSliceMut;
 use std::mem::MaybeUninit;
@@ -8,7 +9,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use rustix::event::{PollFd, PollFlags};
 use rustix::io::{Errno, read, write};
-use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recv, recvmsg};
 
 use crate::wire::send;
 
@@ -20,6 +21,8 @@ const CHUNKS_PER_STEP: u32 = 16;
 pub(super) enum End {
     /// Ours, counting what is to be signalled. It is read as one signal, however often it was written to.
     Eventfd(OwnedFd),
+    /// Ours, of messages that may each have a descriptor.
+    Channel(OwnedFd),
     Pipe(OwnedFd),
     Socket(OwnedFd),
 }
@@ -125,7 +128,7 @@ impl Pump {
 impl End {
     pub(super) fn into_fd(self) -> OwnedFd {
         match self {
-            Self::Eventfd(fd) | Self::Pipe(fd) | Self::Socket(fd) => fd,
+            Self::Eventfd(fd) | Self::Channel(fd) | Self::Pipe(fd) | Self::Socket(fd) => fd,
         }
     }
 
@@ -139,7 +142,9 @@ impl End {
                 Ok((signal.len(), None))
             }
             Self::Pipe(fd) => Ok((read(fd, to)?, None)),
-            Self::Socket(fd) => {
+            // Descriptors that come along are the peer's: the system closes them, on this thread.
+            Self::Socket(fd) => Ok((recv(fd, to, RecvFlags::DONTWAIT)?.0, None)),
+            Self::Channel(fd) => {
                 let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
                 let mut control = RecvAncillaryBuffer::new(&mut space);
                 let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
@@ -155,7 +160,7 @@ impl End {
 
     fn write(&self, bytes: &[u8], fd: Option<BorrowedFd<'_>>) -> Result<usize, Errno> {
         match self {
-            Self::Socket(socket) => send(socket.as_fd(), bytes, fd),
+            Self::Socket(socket) | Self::Channel(socket) => send(socket.as_fd(), bytes, fd),
             Self::Eventfd(fd) | Self::Pipe(fd) => write(fd, bytes),
         }
     }
@@ -164,7 +169,39 @@ impl End {
 impl AsFd for End {
     fn as_fd(&self) -> BorrowedFd<'_> {
         match self {
-            Self::Eventfd(fd) | Self::Pipe(fd) | Self::Socket(fd) => fd.as_fd(),
+            Self::Eventfd(fd) | Self::Channel(fd) | Self::Pipe(fd) | Self::Socket(fd) => fd.as_fd(),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rustix::event::{EventfdFlags, eventfd};
+    use rustix::net::SocketType;
+
+    use super::super::pair;
+    use super::*;
+
+    /// A pump from one socket to another, and the other ends of both.
+    fn pump(from: fn(OwnedFd) -> End) -> (Pump, OwnedFd, OwnedFd) {
+        let (near, far) = pair(SocketType::STREAM).unwrap();
+        let (to, end) = pair(SocketType::STREAM).unwrap();
+        (Pump::new(from(near), End::Socket(to)), far, end)
+    }
+
+    /// What has come through, and whether with a descriptor.
+    fn moved(from: fn(OwnedFd) -> End) -> (usize, bool) {
+        let (mut pump, far, end) = pump(from);
+        let fd = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
+        send(far.as_fd(), b"state", Some(fd.as_fd())).unwrap();
+        assert_eq!(pump.step(), Step::Idle);
+        let (bytes, fd) = End::Channel(end).read(&mut [0; 8]).unwrap();
+        (bytes, fd.is_some())
+    }
+
+    #[test]
+    fn descriptors_come_through_from_us_and_not_from_a_peer() {
+        assert_eq!(moved(End::Channel), (5, true));
+        assert_eq!(moved(End::Socket), (5, false));
     }
 }

@@ -8,7 +8,8 @@ use virtio::RingFormat;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::guest::Driver;
-use crate::host::{Host, Vm, eventually, wait_readable};
+use crate::host::{Host, PATIENCE, Vm, eventually, wait_readable};
+use crate::raw::Raw;
 
 #[test]
 fn split_rings_carry_data() {
@@ -238,4 +239,25 @@ fn what_needs_a_device_without_front_end_is_done_only_then() {
     let (frontend, handle) = begun.unwrap();
     frontend.set_owner().unwrap();
     eventually("it is served", || handle.status().connected);
+}
+
+/// It may be storage that does not answer.
+#[test]
+fn what_needs_a_device_without_front_end_keeps_nobody_else_waiting() {
+    let mut host = Host::new(1);
+    let (handle, path) = (host.handle.clone(), host.path.clone());
+    let (tell, told) = std::sync::mpsc::channel();
+    std::thread::scope(|scope| {
+        handle.unless_connected(|| {
+            // For the control thread to see; it is not accepted.
+            let _waiting = Raw::connect(&path);
+            let handle = handle.clone();
+            scope.spawn(move || {
+                assert!(!handle.status().connected);
+                host.stop();
+                tell.send(()).unwrap();
+            });
+            told.recv_timeout(PATIENCE).expect("the status is told, and the service stops");
+        })
+    });
 }

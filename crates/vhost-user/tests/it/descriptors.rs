@@ -5,6 +5,7 @@
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
 use std::ptr::null_mut;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -19,8 +20,8 @@ use virtio::RingFormat;
 
 use crate::blocked::neighbours;
 use crate::fuse::{FILE_BYTES, Fuse};
-use crate::host::{Host, Vm, eventually};
-use crate::raw::{NEED_REPLY, Raw, longs};
+use crate::host::{Host, PATIENCE, Vm, eventually};
+use crate::raw::{NEED_REPLY, Raw, longs, words};
 
 /// A neighbour that is served, and the device of a front end that is up to no good.
 struct Scene {
@@ -83,6 +84,11 @@ fn lingering() -> (OwnedFd, TcpListener, TcpStream) {
     (ours.into(), listener, theirs)
 }
 
+/// Closes our copy of a descriptor that was sent. If the service has closed its own already, that lingers.
+fn let_go(fd: OwnedFd) {
+    std::thread::spawn(move || drop(fd));
+}
+
 #[test]
 fn a_socket_that_lingers_is_closed_where_nobody_waits() {
     let mut scene = Scene::new();
@@ -91,7 +97,7 @@ fn a_socket_that_lingers_is_closed_where_nobody_waits() {
         let (fd, listener, theirs) = lingering();
         raw.send(request, NEED_REPLY, &longs(&[0]), &[fd.as_fd()]);
         // The service has the only one.
-        drop(fd);
+        let_go(fd);
         assert_eq!(raw.reply_u64(), Some(1), "{request:?}");
         scene.check_neighbour();
         drop(raw);
@@ -100,6 +106,103 @@ fn a_socket_that_lingers_is_closed_where_nobody_waits() {
         scene.check();
     }
     scene.stop();
+}
+
+/// Has a device's state loaded from a socket with such a connection in it.
+fn load_lingering(raw: &mut Raw) -> (UnixStream, TcpListener, TcpStream) {
+    const LOAD: u32 = 1;
+    let (fd, listener, theirs) = lingering();
+    let (state, ours) = UnixStream::pair().unwrap();
+    let ours = Raw(ours);
+    assert!(ours.send_bytes(b"state", &[fd.as_fd()]));
+    // What is on its way is closed by whoever takes it.
+    drop(fd);
+    raw.send(FrontendReq::SET_DEVICE_STATE_FD, 0, &words(&[LOAD, 0]), &[state.as_fd()]);
+    assert_eq!(raw.reply_u64(), Some(1 << 8), "it is accepted");
+    (ours.0, listener, theirs)
+}
+
+/// Descriptors can come along with a device's state, too.
+#[test]
+fn a_socket_that_comes_with_the_state_is_closed_where_nobody_waits() {
+    let mut scene = Scene::new();
+    let mut raw = scene.hostile();
+    let _ours = load_lingering(&mut raw);
+    // Taken in before this is answered.
+    raw.send(FrontendReq::CHECK_DEVICE_STATE, 0, &[], &[]);
+    scene.check_neighbour();
+    drop(raw);
+    scene.check();
+    scene.stop();
+}
+
+/// Messages can be sent before a connection is accepted.
+#[test]
+fn what_was_sent_by_front_ends_that_are_turned_away_is_closed_where_nobody_waits() {
+    const FRONT_ENDS: u64 = 8;
+    let mut scene = Scene::new();
+    let mut holder = scene.hostile();
+    let kept: Vec<_> = (1..=FRONT_ENDS)
+        .map(|count| {
+            let (fd, listener, theirs) = lingering();
+            let raw = Raw::connect(&scene.bad.path);
+            // It may have been turned away already.
+            raw.send(FrontendReq::SET_OWNER, 0, &[], &[fd.as_fd()]);
+            let_go(fd);
+            eventually("it is turned away", || scene.bad.handle.status().refused == count);
+            (raw, listener, theirs)
+        })
+        .collect();
+    assert_eq!(holder.ask(FrontendReq::GET_QUEUE_NUM), Some(2), "the device is served");
+    scene.check_neighbour();
+    drop(kept);
+    eventually("others are turned away again", || {
+        Raw::connect(&scene.bad.path).wait_for_end();
+        scene.bad.handle.status().refused > FRONT_ENDS
+    });
+    drop(holder);
+    scene.check();
+    scene.stop();
+}
+
+#[test]
+fn what_was_sent_before_a_connection_failed_is_closed_where_nobody_waits() {
+    let mut scene = Scene::new();
+    let mut raw = scene.hostile();
+    let first = load_lingering(&mut raw);
+    // While the thread waits in the first one.
+    let (second, _listener, _theirs) = lingering();
+    assert!(raw.send_bytes(&[0xff; 12], &[]));
+    assert!(raw.send(FrontendReq::SET_OWNER, 0, &[], &[second.as_fd()]));
+    drop(second);
+    drop(first);
+    raw.wait_for_end();
+    assert_eq!(Raw::connect(&scene.bad.path).ask(FrontendReq::GET_QUEUE_NUM), Some(2));
+    scene.check();
+    scene.stop();
+}
+
+#[test]
+fn what_was_sent_before_anybody_accepted_is_closed_where_nobody_waits() {
+    let mut scene = Scene::new();
+    let (handle, path) = (scene.bad.handle.clone(), scene.bad.path.clone());
+    let (tell, told) = std::sync::mpsc::channel();
+    std::thread::scope(|scope| {
+        let bad = &mut scene.bad;
+        handle.unless_connected(|| {
+            let (fd, _listener, _theirs) = lingering();
+            let raw = Raw::connect(&path);
+            assert!(raw.send(FrontendReq::SET_OWNER, 0, &[], &[fd.as_fd()]));
+            let_go(fd);
+            drop(raw);
+            scope.spawn(move || {
+                bad.stop();
+                tell.send(()).unwrap();
+            });
+            told.recv_timeout(PATIENCE).expect("the service stops");
+        })
+    });
+    scene.check_neighbour();
 }
 
 #[test]
