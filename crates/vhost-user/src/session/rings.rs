@@ -50,9 +50,11 @@ impl Session {
 
     pub(super) fn get_vring_base(&mut self, index: u16) -> Applied<Reply> {
         self.check_ring(index)?;
-        if self.stop(index) {
-            let device = self.queues().device().clone();
-            device.settle();
+        self.stop(index);
+        if self.unsettled {
+            // Another host goes on when this is answered.
+            self.device.settle()?;
+            self.unsettled = false;
         }
         let format = self.format();
         let vring = &mut self.vrings[usize::from(index)];
@@ -146,6 +148,7 @@ impl Session {
         if !queues.is_running(index) {
             return false;
         }
+        self.unsettled = true;
         // None: the queue was lost with the poller. The ring is where the front end last said.
         if let Some(state) = queues.stop(index) {
             self.vrings[usize::from(index)].position = Position::Left(state);
