@@ -1,6 +1,7 @@
 //! `exitless run`: a virtual machine of our own, with disks, and what came of it.
 
 mod console;
+mod console_tail;
 mod disk;
 mod end;
 mod follow;
@@ -8,7 +9,6 @@ mod guest;
 mod keyboard;
 mod machine;
 mod options;
-mod panic;
 mod progress;
 mod report;
 mod silence;
@@ -37,6 +37,7 @@ use crate::failure::Failure;
 use crate::metrics::{self, MetricsSocket, MetricsThread};
 use crate::service::allow_descriptors;
 use crate::stop::StopSignals;
+use console_tail::ConsoleTail;
 use follow::{Said, follow};
 use report::Report;
 use silence::{PATIENCE, Silence};
@@ -67,7 +68,7 @@ pub(crate) fn run(options: &RunOptions) -> Result<(), Failure> {
     let pool = pool.map_err(Failure::usage)?;
     let pool = Arc::new(pool);
     let (tell, said) = mpsc::channel();
-    let tail = Arc::new(panic::Tail::default());
+    let tail = Arc::new(ConsoleTail::default());
     let (machine, opened) = machine::build(options, &disks, &pool, (tell.clone(), tail.clone()))?;
     let machine = Arc::new(machine);
     let queues = machine.snapshot().queues.len() as u64;
