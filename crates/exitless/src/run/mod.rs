@@ -32,10 +32,9 @@ use vmm::{Machine, Outcome};
 pub(crate) use options::RunOptions;
 use options::Switch;
 
-use crate::descriptors;
+use crate::descriptors::{self, Need};
 use crate::failure::Failure;
 use crate::metrics::{self, MetricsSocket, MetricsThread};
-use crate::service::allow_descriptors;
 use crate::stop::StopSignals;
 use console_tail::ConsoleTail;
 use follow::{Said, follow};
@@ -57,7 +56,7 @@ pub(crate) fn run(options: &RunOptions) -> Result<(), Failure> {
     let mut signals = StopSignals::install().context("cannot catch signals")?;
     vmm::check().map_err(Failure::usage)?;
     options.check().map_err(Failure::Usage)?;
-    allow_descriptors();
+    descriptors::allow();
     // Before the machine takes long to build.
     let metrics = options.metrics.as_ref().map(MetricsSocket::listen).transpose()?;
     let disks = machine::disks(options)?;
@@ -72,7 +71,7 @@ pub(crate) fn run(options: &RunOptions) -> Result<(), Failure> {
     let (machine, opened) = machine::build(options, &disks, &pool, (tell.clone(), tail.clone()))?;
     let machine = Arc::new(machine);
     let queues = machine.snapshot().queues.len() as u64;
-    descriptors::expect(queues * QUEUE_DESCRIPTORS_MAX).map_err(Failure::Usage)?;
+    descriptors::expect([Need { queues, per_queue: QUEUE_DESCRIPTORS_MAX, besides: 0 }])?;
     let metrics = metrics.map(|socket| serve_metrics(socket, &machine, options.quiet)).transpose()?;
     let Some(at_once) = signals.hold_second().context("cannot catch signals")? else {
         return Err(Failure::Runtime(anyhow!("stopped by a signal before the guest began")));
