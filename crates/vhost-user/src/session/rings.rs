@@ -7,7 +7,7 @@ use std::sync::{Arc, MutexGuard, PoisonError};
 use vhost::vhost_user::message::VhostUserProtocolFeatures as Protocol;
 use virtio::features::RING_PACKED;
 use virtio::memory::Mapping;
-use virtio::{Call, EventFdCall, Kick, QueueConfig, QueueSet, RingError, RingFormat, StartError};
+use virtio::{Call, EventFdCall, Kick, NotSettled, QueueConfig, QueueSet, RingError, RingFormat, StartError};
 
 use super::error::NotStarted;
 use super::{Applied, F_LOG_ALL, Reply, Session, SessionError, lock};
@@ -51,11 +51,7 @@ impl Session {
     pub(super) fn get_vring_base(&mut self, index: u16) -> Applied<Reply> {
         self.check_ring(index)?;
         self.stop(index);
-        if self.unsettled {
-            // Another host goes on when this is answered.
-            self.device.settle()?;
-            self.unsettled = false;
-        }
+        self.settle()?;
         let format = self.format();
         let vring = &mut self.vrings[usize::from(index)];
         vring.kick = None;
@@ -140,6 +136,15 @@ impl Session {
             }
         }
         result
+    }
+
+    /// Leaves nothing that stopped queues have stored in this host's memory, before another host is let go on.
+    pub(super) fn settle(&mut self) -> Result<(), NotSettled> {
+        if self.unsettled {
+            self.device.settle()?;
+            self.unsettled = false;
+        }
+        Ok(())
     }
 
     /// Stops a queue; false if it did not run.
