@@ -182,7 +182,15 @@ impl Poller for RingOnly {
         Vec::new()
     }
 
+    fn awaits_completion(&self) -> bool {
+        false
+    }
+
     fn drain(&mut self, _now: Ticks) -> bool {
+        true
+    }
+
+    fn abandon(&mut self) -> bool {
         true
     }
 }

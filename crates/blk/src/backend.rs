@@ -161,12 +161,14 @@ pub trait Backend: Send + Sync {
     /// The storage cannot have that size, or it is not durable; `geometry` tells which it has.
     fn resize(&self, bytes: Option<u64>) -> Result<Geometry, BackendError>;
 
-    /// Leaves nothing that was written on any channel in this host's memory alone. Called on a control thread.
+    /// Leaves nothing that was written on any channel in this host's memory alone. Called on a control thread. That is a
+    /// flush, unless the storage knows better.
     ///
     /// # Errors
     /// Something may be left.
     fn settle(&self) -> Result<(), BackendError> {
-        Ok(())
+        let Geometry { flush, read_only, .. } = self.geometry();
+        if flush && !read_only { self.flush() } else { Ok(()) }
     }
 
     /// Makes all writes durable that were completed on any channel. Called on a control thread, where it may wait.

@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use virtio::{ConfigError, ConfigListener, Device, NotReady, PollerBuilder, Queue, StateError};
+use virtio::{ConfigError, ConfigListener, Device, NotReady, NotSettled, PollerBuilder, Queue, StateError};
 
 use crate::backend::{Backend, BackendError, Geometry};
 use crate::config::{self, WRITEBACK_OFFSET};
@@ -284,11 +284,16 @@ impl Blk {
         self.shared.limiter.set(limit);
     }
 
-    /// Makes durable what was written while that was the driver's to ask for, as it will not ask any more.
-    fn flush(&self) {
-        if let Err(error) = self.shared.backend.flush() {
-            tracing::error!(%error, "the cache is written through from now on, but what it held may be lost");
-        }
+    /// Makes durable what was written while that was the driver's to ask for, as it will not ask any more. If that fails,
+    /// all is as it was before: a driver that still has to ask is told.
+    fn end_writeback(&self) -> Result<(), BackendError> {
+        let chosen = self.shared.writeback_chosen.load(Ordering::Relaxed);
+        // Before the flush: what is answered as volatile after it would never be flushed.
+        self.shared.choose(false);
+        self.shared.backend.flush().inspect_err(|_| {
+            self.shared.choose(true);
+            self.shared.writeback_chosen.store(chosen, Ordering::Relaxed);
+        })
     }
 
     /// What each queue has done.
@@ -331,14 +336,14 @@ impl Device for Blk {
     fn write_config(&self, offset: u32, data: &[u8]) -> Result<(), ConfigError> {
         match (offset, data) {
             (WRITEBACK_OFFSET, &[writeback]) if self.features & config::features::CONFIG_WCE != 0 => {
-                let before = self.shared.writeback();
-                self.shared.choose(writeback != 0);
-                if before && writeback == 0 {
-                    self.flush();
+                if writeback == 0 && self.shared.writeback() {
+                    let failed = |error| ConfigError::Failed(format!("the cache stays write-back: {error}"));
+                    return self.end_writeback().map_err(failed);
                 }
+                self.shared.choose(writeback != 0);
                 Ok(())
             }
-            _ => Err(ConfigError { offset, len: data.len() }),
+            _ => Err(ConfigError::NotWritable { offset, len: data.len() }),
         }
     }
 
@@ -372,10 +377,8 @@ impl Device for Blk {
         }
     }
 
-    fn settle(&self) {
-        if let Err(error) = self.shared.backend.settle() {
-            tracing::error!(%error, "what was written may not be on the storage, and another host would not find it");
-        }
+    fn settle(&self) -> Result<(), NotSettled> {
+        self.shared.backend.settle().map_err(|error| NotSettled(error.to_string()))
     }
 
     fn save(&self) -> Vec<u8> {

@@ -311,6 +311,10 @@ impl Backend for Recorder {
     fn resize(&self, _: Option<u64>) -> Result<Geometry, BackendError> {
         Ok(self.geometry())
     }
+
+    fn flush(&self) -> Result<(), BackendError> {
+        Ok(())
+    }
 }
 
 impl Channel for Recorder {

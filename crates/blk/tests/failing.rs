@@ -14,7 +14,7 @@ use blk::{Blk, Options};
 use fake::{FLUSH, IO_ERROR, OK, OUT, Rig, Ring, header, pattern};
 use fuse::Failing;
 use lines::Lines;
-use virtio::Device;
+use virtio::{ConfigError, Device};
 
 const BLOCK: usize = 4096;
 const BLOCKS: usize = 64;
@@ -129,15 +129,36 @@ fn a_disk_that_was_let_go_of_has_nothing_in_this_hosts_cache() {
         let there = |storage: &Failing| (0..rigs.len()).all(|block| storage.has(block * BLOCK, &data));
         assert_eq!(there(storage), options.direct == Direct::On, "{context}: what the test is about");
         let before = storage.fsyncs();
-        disk.settle();
+        disk.settle().unwrap();
         assert!(there(storage), "{context}: the next host would read old data");
         assert_eq!(storage.fsyncs() > before, options.direct == Direct::Off, "{context}");
         if options.direct == Direct::Off {
             storage.fail_fsync(true);
             rigs[0].write(0, &data);
-            disk.settle();
+            disk.settle().unwrap_err();
             storage.fail_fsync(false);
             assert_eq!(rigs[0].status(FLUSH, 0, &[], 0), IO_ERROR, "{context}: it was lost");
+            disk.settle().unwrap_err();
         }
+    });
+}
+
+#[test]
+fn a_cache_that_cannot_be_flushed_stays_one_that_the_driver_has_to_flush() {
+    each_way(|storage, options, queues, context| {
+        let (disk, mut rigs) = open(storage, options, queues);
+        rigs[0].write(0, &pattern(BLOCK, 5));
+        storage.fail_fsync(true);
+        let error = disk.write_config(WRITEBACK_OFFSET, &[0]).unwrap_err();
+        assert!(matches!(error, ConfigError::Failed(_)), "{context}: {error}");
+        storage.fail_fsync(false);
+        assert_eq!(
+            disk.config()[WRITEBACK_OFFSET as usize],
+            1,
+            "{context}: the driver thinks all is durable"
+        );
+        // What the driver asks for next tells it so.
+        assert_eq!(rigs[0].status(FLUSH, 0, &[], 0), IO_ERROR, "{context}");
+        disk.write_config(WRITEBACK_OFFSET, &[1]).unwrap();
     });
 }

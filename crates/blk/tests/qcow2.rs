@@ -58,6 +58,21 @@ fn an_image_outlives_its_service_and_is_sound() {
 }
 
 #[test]
+fn an_image_that_was_let_go_of_is_whole_for_the_next_host() {
+    let file = Scratch::new("settled");
+    format_qcow2(&file.0, 64 << 20);
+    let storage = Arc::new(Qcow2::open(&file.0, Qcow2Options::default()).unwrap());
+    let data = pattern(200_704, 1);
+    let mut rig = Rig::new(storage.clone(), Ring::SPLIT);
+    rig.write(777, &data);
+    storage.settle().unwrap();
+    // The service has not ended: what it would write then comes too late.
+    let next = Qcow2Options { read_only: true, lock: false, ..Qcow2Options::default() };
+    let mut next = Rig::new(Arc::new(Qcow2::open(&file.0, next).unwrap()), Ring::SPLIT);
+    assert!(next.read(777, data.len()) == data);
+}
+
+#[test]
 fn an_image_has_one_writer() {
     let file = Scratch::new("locked");
     format_qcow2(&file.0, 1 << 20);

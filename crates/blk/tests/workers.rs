@@ -30,7 +30,15 @@ impl Poller for Idle {
         Vec::new()
     }
 
+    fn awaits_completion(&self) -> bool {
+        false
+    }
+
     fn drain(&mut self, _: Ticks) -> bool {
+        true
+    }
+
+    fn abandon(&mut self) -> bool {
         true
     }
 }

@@ -12,7 +12,8 @@ use crate::size::Size;
 
 const EXIT_CODES: &str = "\
 Exit codes:
-  0  it did what was asked; for a service: it was told to end by SIGTERM, SIGINT or SIGHUP, and drained
+  0  it did what was asked; for a service: it was told to end by SIGTERM, SIGINT, SIGHUP, SIGXCPU or SIGPWR,
+     and drained
   1  it failed, or a second signal ended it before it had drained, or it had not drained after 30 s
   2  the command line or the configuration file is wrong";
 
@@ -152,9 +153,10 @@ pub enum Command {
     ///
     /// Without a kernel, an embedded guest runs: a short tour of every device, or the job it is given.
     ///
-    /// A first SIGTERM, SIGINT or SIGHUP presses the machine's power button, and the guest is waited for; a second one
-    /// stops the machine, as does the first if the guest does not listen to the button. The embedded guest ends its job
-    /// early. The exit code is 1 if the guest failed, was cut off or short, or if requests of its job failed.
+    /// A first SIGTERM, SIGINT, SIGHUP, SIGXCPU or SIGPWR presses the machine's power button, and the guest is waited
+    /// for; a second one stops the machine, as does the first if the guest does not listen to the button. The embedded
+    /// guest ends its job early. The exit code is 1 if the guest failed, was cut off or short, or if requests of its job
+    /// failed.
     #[command(after_help = RUN_EXAMPLES)]
     Run(Box<RunOptions>),
     /// Measure this program and other servers side by side.
@@ -202,4 +204,26 @@ pub enum CtlCommand {
         #[arg(long, value_name = "BYTES")]
         bandwidth: Option<Size>,
     },
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+    use crate::stop::SIGNALS;
+
+    #[test]
+    fn help_names_all_signals_that_end_a_service_or_a_machine() {
+        let mut command = Cli::command();
+        let run = command.find_subcommand_mut("run").unwrap().render_long_help().to_string();
+        let names = SIGNALS.map(|signal| match signal {
+            crate::stop::SIGPWR => "SIGPWR",
+            signal => signal_hook::low_level::signal_name(signal).unwrap(),
+        });
+        for name in names {
+            assert!(EXIT_CODES.contains(name), "exit codes: {name}");
+            assert!(run.contains(name), "run: {name}");
+        }
+    }
 }

@@ -1,6 +1,5 @@
 //! A service: devices behind their sockets, from the first one that is ready to the last request that is completed.
 
-use std::fs;
 use std::num::NonZeroU16;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
@@ -10,11 +9,11 @@ use anyhow::{Context, anyhow};
 use reactor::placement::{self, Wish};
 use reactor::{Machine, Mode, Pool, interrupts};
 use rustix::event::{EventfdFlags, eventfd};
-use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use vhost_user::{Server, ServerHandle};
 use virtio::QueueSet;
 
 use crate::control::{self, ControlSocket, DeviceInfo, DeviceStats, QueueStats, Request, Response, Stats};
+use crate::descriptors::{self, Need};
 use crate::device::{AnyDevice, withheld};
 use crate::drain::{ControlThreads, DRAIN_MAX};
 use crate::failure::{Failure, chain};
@@ -24,8 +23,9 @@ use crate::options::{DeviceOptions, ServiceOptions, SocketOptions};
 use crate::report::{Event, Ready, Reporter};
 use crate::stop::StopSignals;
 
-/// What a connected front end takes: its connection, and one region of memory.
-const CONNECTION_DESCRIPTORS: u64 = 2;
+/// What a connected front end takes: its connection, the way to the thread that receives from it, and one region of
+/// memory.
+const CONNECTION_DESCRIPTORS: u64 = 3;
 /// What each queue takes besides what its device does: its kick and its call.
 const QUEUE_DESCRIPTORS: u64 = 2;
 const NO_THREAD: &str = "cannot start a thread";
@@ -37,7 +37,7 @@ const SOCKET_MODE: u32 = 0o600;
 pub(crate) fn serve(options: ServiceOptions, devices: Vec<DeviceOptions>) -> Result<(), Failure> {
     let reporter = Reporter { json: options.json };
     let mut signals = StopSignals::install().context("cannot catch signals")?;
-    allow_descriptors();
+    descriptors::allow();
     let machine = Machine::read();
     // Storage that does not answer keeps whoever looks at it.
     let paths: Vec<_> = devices.iter().filter_map(DeviceOptions::path).map(Path::to_owned).collect();
@@ -59,7 +59,7 @@ pub(crate) fn serve(options: ServiceOptions, devices: Vec<DeviceOptions>) -> Res
         return end_early(signals, reporter);
     };
     let (board, servers): (Vec<_>, Vec<_>) = opened.into_iter().unzip();
-    enough_descriptors(&board)?;
+    descriptors::expect(board.iter().map(Entry::descriptors))?;
     let control = options.control.as_deref().map(ControlSocket::listen).transpose()?;
     let metrics = options.metrics.as_ref().map(MetricsSocket::listen).transpose()?;
     let mut threads = ControlThreads::new();
@@ -125,31 +125,6 @@ fn end_early(mut signals: StopSignals, reporter: Reporter) -> Result<(), Failure
     }
     reporter.tell(&Event::Stopped);
     Ok(())
-}
-
-/// Refuses devices whose queues cannot all run at once, instead of the guest that is the first to need too many.
-fn enough_descriptors(board: &[Entry]) -> Result<(), Failure> {
-    let Some(limit) = getrlimit(Resource::Nofile).current else { return Ok(()) };
-    let open = fs::read_dir("/proc/self/fd").map_or(0, Iterator::count) as u64;
-    let more: u64 = board.iter().map(|entry| CONNECTION_DESCRIPTORS + entry.queue_descriptors()).sum();
-    if open + more <= limit {
-        return Ok(());
-    }
-    let queues: u32 = board.iter().map(|entry| u32::from(entry.device.device().queues())).sum();
-    Err(Failure::Runtime(anyhow!(
-        "{queues} queues need at least {} open files, and the limit is {limit}: raise it (ulimit -Hn, LimitNOFILE=)",
-        open + more
-    )))
-}
-
-/// Lets this process have as many descriptors as it may: every queue takes a few, and every device one for each
-/// region of its guest's memory.
-pub(crate) fn allow_descriptors() {
-    let limit = getrlimit(Resource::Nofile);
-    let wanted = Rlimit { current: limit.maximum, ..limit };
-    if let Err(error) = setrlimit(Resource::Nofile, wanted) {
-        tracing::warn!(%error, "cannot raise the limit of open files");
-    }
 }
 
 /// One queue per I/O thread that was asked for.
@@ -218,9 +193,13 @@ impl Entry {
         Ok((Self { name, options: socket, device, server: server.handle() }, server))
     }
 
-    /// How many descriptors its queues take, at the least.
-    fn queue_descriptors(&self) -> u64 {
-        u64::from(self.device.device().queues()) * (QUEUE_DESCRIPTORS + self.device.queue_descriptors())
+    /// How many descriptors it takes in service, at the least.
+    fn descriptors(&self) -> Need {
+        Need {
+            queues: self.device.device().queues().into(),
+            per_queue: QUEUE_DESCRIPTORS + self.device.queue_descriptors(),
+            besides: CONNECTION_DESCRIPTORS,
+        }
     }
 
     fn info(&self) -> DeviceInfo {

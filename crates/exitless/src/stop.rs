@@ -18,9 +18,9 @@ use signal_hook::{SigId, flag, low_level};
 use crate::failure::EXIT_RUNTIME;
 
 /// SIGHUP comes when a terminal goes, SIGXCPU when the limit of CPU time is reached, SIGPWR from some service managers.
-const SIGNALS: [i32; 5] = [SIGTERM, SIGINT, SIGHUP, SIGXCPU, SIGPWR];
+pub(crate) const SIGNALS: [i32; 5] = [SIGTERM, SIGINT, SIGHUP, SIGXCPU, SIGPWR];
 /// In libc's numbering, on every architecture this runs on.
-const SIGPWR: i32 = 30;
+pub(crate) const SIGPWR: i32 = 30;
 const SIGXFSZ: i32 = 25;
 /// SIGXFSZ comes with a write beyond the limit of file sizes, which then fails. The others are sent to processes that give
 /// them a meaning. Handled rather than ignored, so that programs which this one starts find them as usual.

@@ -6,7 +6,7 @@ use std::io::Write;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use reactor::{Mode, Options, Pool};
 use serde_json::Value;
@@ -216,10 +216,13 @@ fn a_machine_that_is_stopped_under_load_leaves_nothing_behind() {
     let machine = Case::default().machine("job=blk seconds=3600 jobs=2 irq=1", &console);
     thread::scope(|scope| {
         let running = scope.spawn(|| machine.run());
-        while machine.snapshot().requests() < 100 {
+        let deadline = Instant::now() + Duration::from_secs(120);
+        while machine.snapshot().requests() < 100 && !running.is_finished() && Instant::now() < deadline {
             thread::sleep(Duration::from_millis(1));
         }
+        // Before anything fails: the scope ends with the machine.
         machine.stop();
-        assert_eq!(running.join().unwrap().unwrap(), Outcome::Stopped);
+        assert_eq!(running.join().unwrap().unwrap(), Outcome::Stopped, "{}", console.text());
+        assert!(machine.snapshot().requests() >= 100, "it stands still: {}", console.text());
     });
 }

@@ -37,7 +37,15 @@ impl Poller for Nothing {
         Vec::new()
     }
 
+    fn awaits_completion(&self) -> bool {
+        false
+    }
+
     fn drain(&mut self, _now: Ticks) -> bool {
+        true
+    }
+
+    fn abandon(&mut self) -> bool {
         true
     }
 }

@@ -70,9 +70,12 @@ const VAIN_TOLERATED: u8 = 1;
 /// Windows in vain remembered; each beyond those tolerated doubles the notifications until the next try, up to 1024. A
 /// try costs a window of twice the gap, or [`WINDOW_NS_START`], so that tries in vain take less than 1 % of the time.
 const VAIN_MAX: u8 = 11;
-/// A turn that had nothing to do takes well under 1 µs, an interrupt in it a few. A thread that finds it took longer than
-/// this was off its CPU, where something else ran.
+/// An interrupt in a turn that has nothing to do takes a few µs. A thread that finds such a turn took longer than this was
+/// off its CPU, where something else ran...
 pub const PREEMPTED_NS: u64 = 50_000;
+/// ...with so much more for each of its pollers: to find one idle takes well under this, even if nothing of it is in the
+/// cache.
+pub const EMPTY_POLL_NS_MAX: u64 = 1_000;
 /// With a deadline nearer than this a thread polls on: a sleep would end later than that.
 pub const SLEEP_NS_MIN: u64 = 10_000;
 
@@ -165,6 +168,13 @@ pub fn awake_until(mode: Mode, last_work: Ticks, window_ns: u64) -> Ticks {
     }
 }
 
+/// Whether a turn in which none of so many pollers had work took so long that something else must have had the CPU.
+#[must_use]
+#[inline]
+pub fn was_preempted(took_ns: u64, pollers: usize) -> bool {
+    took_ns > PREEMPTED_NS + EMPTY_POLL_NS_MAX * pollers as u64
+}
+
 /// What a thread does after a turn in which no poller found work.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Rest {
@@ -220,6 +230,13 @@ mod tests {
         let until = awake_until(Mode::Hybrid, last, 20_000);
         assert_eq!(rest(last.plus_ns(19_999), [(until, None)]), Rest::Poll);
         assert_eq!(rest(last.plus_ns(20_000), [(until, None)]), Rest::Sleep(None));
+    }
+
+    #[test]
+    fn a_turn_of_many_pollers_takes_its_time_and_is_no_preemption() {
+        assert!(was_preempted(60_000, 1) && !was_preempted(20_000, 1));
+        assert!(!was_preempted(200 * 400, 200), "each takes less than half a microsecond");
+        assert!(was_preempted(3_000_000, 200), "another task's turn");
     }
 
     #[test]

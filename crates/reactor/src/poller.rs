@@ -59,7 +59,7 @@ impl Work {
 /// 4. To remove it: `drain` until it returns true, then drop.
 ///
 /// A panic in any of them goes no further: the thread logs it, removes the poller as in step 4, with
-/// `abandon` for `drain`, and serves the others.
+/// `abandon` for `drain`, and serves the others. Only one that panics in `abandon` is dropped without.
 pub trait Poller {
     /// Does at most `budget` of work and says what was done and whether more is waiting.
     fn poll(&mut self, now: Ticks, budget: Budget) -> Work;
@@ -80,11 +80,11 @@ pub trait Poller {
     /// [`check_peer_fd`](crate::check_peer_fd) first.
     fn wake_fds(&self) -> Vec<RawFd>;
 
+    // No method has a default: a poller that wraps another one and forgets to pass a call on does not compile.
+
     /// Whether something was begun that completes without the driver: the thread keeps apart how long that takes and how
-    /// long requests take to come. Asked once each time that work ends.
-    fn awaits_completion(&self) -> bool {
-        false
-    }
+    /// long requests take to come. Asked once each time that work ends. False for a poller that does all at once.
+    fn awaits_completion(&self) -> bool;
 
     /// Takes no new requests, goes on completing those in flight, and returns true once none is left.
     fn drain(&mut self, now: Ticks) -> bool;
@@ -92,7 +92,5 @@ pub trait Poller {
     /// Takes the place of `drain` after a panic, which may have lost what was in flight: waits for nobody's answer, only
     /// for what still works on the poller's memory, and tells the peer, if it can, that nothing more will come. The
     /// poller's own state may be inconsistent.
-    fn abandon(&mut self) -> bool {
-        true
-    }
+    fn abandon(&mut self) -> bool;
 }

@@ -12,6 +12,7 @@ use crate::log_limit::LogLimit;
 use crate::placement::{self, Warning, Wish};
 use crate::policy::Mode;
 use crate::record::PollerState;
+use crate::spare::TakenCpu;
 use crate::stats::{PollerStats, ThreadStats};
 use crate::thread::{Message, Thread, must_not_be_io_thread};
 use crate::{Budget, Clock, Error, watchdog};
@@ -54,6 +55,8 @@ pub struct Pool {
     prefix: String,
     budget: Budget,
     pin: bool,
+    /// Where its threads are or will be bound.
+    _cpus: Vec<TakenCpu>,
     /// A guest can have its queues placed as often as it likes.
     degraded: LogLimit,
 }
@@ -107,8 +110,11 @@ impl Pool {
         let _ = Clock::get();
         watchdog::start().map_err(|source| Error::Start { thread: "watchdog".to_owned(), source })?;
         let prefix = options.prefix.chars().filter(char::is_ascii_graphic).take(PREFIX_BYTES_MAX).collect();
+        let bound_to = if options.pin { layout.seats.as_slice() } else { &[] };
+        let cpus = bound_to.iter().copied().map(TakenCpu::planned).collect();
         Ok(Self {
             book: Arc::new(Mutex::new(Book::new(layout))),
+            _cpus: cpus,
             prefix,
             budget: options.budget,
             pin: options.pin,

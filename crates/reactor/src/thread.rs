@@ -19,7 +19,7 @@ use crate::epoll::Epoll;
 use crate::mailbox::{Outbox, mailbox};
 use crate::policy::Mode;
 use crate::record::Record;
-use crate::spare::BoundCpu;
+use crate::spare::TakenCpu;
 use crate::stats::ThreadCounters;
 use crate::{Budget, Clock, Error};
 
@@ -51,7 +51,7 @@ impl Thread {
         let (outbox, inbox) = mailbox().map_err(|errno| failed(errno.into()))?;
         let epoll = Epoll::new(inbox.as_fd()).map_err(|errno| failed(errno.into()))?;
         let counters = Arc::new(ThreadCounters::default());
-        let bound = pin.then(|| BoundCpu::new(cpu));
+        let bound = pin.then(|| TakenCpu::bound(cpu));
         let join = std::thread::Builder::new()
             .name(name.clone())
             .spawn({

@@ -146,6 +146,10 @@ impl Poller for Worker {
         self.queue.kick_fd().into_iter().collect()
     }
 
+    fn awaits_completion(&self) -> bool {
+        false
+    }
+
     fn drain(&mut self, _now: Ticks) -> bool {
         true
     }

@@ -17,20 +17,31 @@ pub type PollerBuilder = Box<dyn FnOnce() -> Box<dyn Poller> + Send>;
 /// Called by a device, on any thread, when its configuration space changed by itself (a resize).
 pub type ConfigListener = Arc<dyn Fn() + Send + Sync>;
 
-/// A write to the configuration space was refused.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("configuration write of {len} bytes at offset {offset} is not to a writable field")]
-pub struct ConfigError {
-    /// Offset in the device's configuration space, in bytes.
-    pub offset: u32,
-    /// Bytes to be written.
-    pub len: usize,
+/// A write to the configuration space was refused, and has changed nothing.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ConfigError {
+    /// It is not to a writable field.
+    #[error("configuration write of {len} bytes at offset {offset} is not to a writable field")]
+    NotWritable {
+        /// Offset in the device's configuration space, in bytes.
+        offset: u32,
+        /// Bytes to be written.
+        len: usize,
+    },
+    /// The device could not do what the field stands for. The message says what failed.
+    #[error("configuration write: {0}")]
+    Failed(String),
 }
 
 /// A device cannot take a queue into service now. The message says what it lacks.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
 pub struct NotReady(pub String);
+
+/// What the device has stored may not be where another host finds it. The message says why.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("what was written may not be on the storage: {0}")]
+pub struct NotSettled(pub String);
 
 /// A saved state cannot be restored.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -79,9 +90,9 @@ pub trait Device: Send + Sync {
     /// The driver writes to the configuration space.
     ///
     /// # Errors
-    /// The bytes are not a writable field. Nothing was changed.
+    /// See [`ConfigError`]. Nothing was changed.
     fn write_config(&self, offset: u32, data: &[u8]) -> Result<(), ConfigError> {
-        Err(ConfigError { offset, len: data.len() })
+        Err(ConfigError::NotWritable { offset, len: data.len() })
     }
 
     /// Whom to tell when the configuration space changes by itself. None ends it.
@@ -107,7 +118,12 @@ pub trait Device: Send + Sync {
 
     /// Another host may go on with what this device has stored: leaves nothing of it in this host's memory. Called after a
     /// queue was stopped for good, before anybody is told; it may take its time.
-    fn settle(&self) {}
+    ///
+    /// # Errors
+    /// Something may be left. Who waits for the end of the queue must not be told that all is well.
+    fn settle(&self) -> Result<(), NotSettled> {
+        Ok(())
+    }
 
     /// What another instance needs to go on where this one is, beyond the rings. All queues are stopped.
     fn save(&self) -> Vec<u8> {

@@ -50,7 +50,9 @@ mod unkicked;
 #[cfg(feature = "std")]
 pub use call::{Call, EventFdCall, Trust};
 #[cfg(feature = "std")]
-pub use device::{ConfigError, ConfigListener, Device, NotReady, PollerBuilder, SharedMemory, StateError};
+pub use device::{
+    ConfigError, ConfigListener, Device, NotReady, NotSettled, PollerBuilder, SharedMemory, StateError,
+};
 #[cfg(feature = "std")]
 pub use inflight::{Inflight, InflightError};
 #[cfg(feature = "std")]

@@ -39,7 +39,61 @@ impl Poller for Unkicked {
         self.0.wake_fds()
     }
 
+    fn awaits_completion(&self) -> bool {
+        self.0.awaits_completion()
+    }
+
     fn drain(&mut self, now: Ticks) -> bool {
         self.0.drain(now)
+    }
+
+    fn abandon(&mut self) -> bool {
+        self.0.abandon()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Waits for storage, which has not ended.
+    struct Busy;
+
+    impl Poller for Busy {
+        fn poll(&mut self, now: Ticks, _budget: Budget) -> Work {
+            Work { done: 1, more: true, wake_at: Some(now.plus_ns(7)) }
+        }
+
+        fn arm(&mut self) -> bool {
+            true
+        }
+
+        fn disarm(&mut self) {}
+
+        fn wake_fds(&self) -> Vec<RawFd> {
+            vec![3]
+        }
+
+        fn awaits_completion(&self) -> bool {
+            true
+        }
+
+        fn drain(&mut self, _now: Ticks) -> bool {
+            false
+        }
+
+        fn abandon(&mut self) -> bool {
+            false
+        }
+    }
+
+    #[test]
+    fn a_queue_without_kicks_is_the_same_poller_but_for_a_timer() {
+        let mut poller = unkicked(Box::new(|| Box::new(Busy)))();
+        let (now, budget) = (Ticks(1), Budget { requests: 1, bytes: 1 });
+        assert_eq!(poller.poll(now, budget), Busy.poll(now, budget), "what is due sooner stays");
+        assert!(poller.arm() && poller.awaits_completion());
+        assert_eq!(poller.wake_fds(), [3]);
+        assert!(!poller.drain(now) && !poller.abandon(), "what it waits for still works on its memory");
     }
 }

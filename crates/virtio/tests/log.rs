@@ -86,7 +86,15 @@ impl Poller for SinkQueue {
         Vec::new()
     }
 
+    fn awaits_completion(&self) -> bool {
+        false
+    }
+
     fn drain(&mut self, _now: Ticks) -> bool {
+        true
+    }
+
+    fn abandon(&mut self) -> bool {
         true
     }
 }

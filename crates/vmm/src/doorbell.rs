@@ -25,7 +25,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
-use reactor::{Clock, LogLimit};
+use reactor::{Clock, LogLimit, Ticks};
 use virtio::GuestAddr;
 use virtio::memory::{Area, Backing};
 use vmm_sys_util::eventfd::EventFd;
@@ -185,9 +185,9 @@ impl Doorbell {
         if state.refused || !state.slot.is_empty() || !state.is_worth_mapping(self.mode) {
             return;
         }
-        self.count_faults(state);
-        self.word.u32(0).store(NOT_RUNG, Ordering::Relaxed);
         let began = Clock::get().now();
+        self.count_faults(state, began);
+        self.word.u32(0).store(NOT_RUNG, Ordering::Relaxed);
         match state.slot.show(addr, self.page.clone()) {
             Ok(()) => {
                 state.map_ns = Clock::get().now().since_ns(began);
@@ -201,13 +201,11 @@ impl Doorbell {
     }
 
     /// Counts what the change before led to: faults on the page, and on all other memory that was forgotten with it.
-    fn count_faults(&self, state: &mut State) {
-        let now = (self.faults)();
-        if let Some(before) = state.faults.replace(now) {
-            let faults = now.saturating_sub(before);
-            self.fault_count.fetch_add(faults, Ordering::Relaxed);
-            state.cost.faulted(faults);
-        }
+    fn count_faults(&self, state: &mut State, now: Ticks) {
+        let count = (self.faults)();
+        let faults = state.faults.replace(count).map(|before| count.saturating_sub(before));
+        self.fault_count.fetch_add(faults.unwrap_or(0), Ordering::Relaxed);
+        state.cost.maps(faults, now);
     }
 
     /// True if the guest wrote while the page was mapped.
@@ -224,8 +222,8 @@ impl Doorbell {
             }
             return true;
         }
-        let unmap_ns = Clock::get().now().since_ns(began);
-        state.cost.changed(state.map_ns.saturating_add(unmap_ns));
+        let ended = Clock::get().now();
+        state.cost.unmapped(state.map_ns.saturating_add(ended.since_ns(began)), ended);
         let rang = self.word.u32(0).swap(NOT_RUNG, Ordering::AcqRel) != NOT_RUNG;
         self.rung_while_mapped.fetch_add(rang.into(), Ordering::Relaxed);
         rang
@@ -239,7 +237,9 @@ impl Doorbell {
 impl State {
     /// Decides, and pays if so.
     fn is_worth_mapping(&mut self, mode: DoorbellMode) -> bool {
-        worth_mapping(mode, self.kicks, self.cost) && self.budget.pay(Clock::get().now(), self.cost)
+        let now = Clock::get().now();
+        let cost = self.cost.by(now);
+        worth_mapping(mode, self.kicks, cost) && self.budget.pay(now, cost)
     }
 }
 

@@ -11,14 +11,14 @@ use rng::Rng;
 use vmm::{Config, Kernel, Machine, PciDevice};
 
 use super::console;
+use super::console_tail::ConsoleTail;
 use super::disk::DiskOption;
 use super::follow::Said;
 use super::options::RunOptions;
-use super::panic::Tail;
 use crate::failure::Failure;
 
 /// Who listens to the guest's console: to the embedded guest's lines, and to a kernel's last words.
-pub(super) type Ears = (Sender<Said>, Arc<Tail>);
+pub(super) type Ears = (Sender<Said>, Arc<ConsoleTail>);
 
 /// The machine with its devices, ready to run: its disks, which are returned too, and a source of entropy.
 pub(super) fn build(

@@ -1,6 +1,7 @@
 //! `exitless run`: a virtual machine of our own, with disks, and what came of it.
 
 mod console;
+mod console_tail;
 mod disk;
 mod end;
 mod follow;
@@ -8,7 +9,6 @@ mod guest;
 mod keyboard;
 mod machine;
 mod options;
-mod panic;
 mod progress;
 mod report;
 mod silence;
@@ -32,11 +32,11 @@ use vmm::{Machine, Outcome};
 pub(crate) use options::RunOptions;
 use options::Switch;
 
-use crate::descriptors;
+use crate::descriptors::{self, Need};
 use crate::failure::Failure;
 use crate::metrics::{self, MetricsSocket, MetricsThread};
-use crate::service::allow_descriptors;
 use crate::stop::StopSignals;
+use console_tail::ConsoleTail;
 use follow::{Said, follow};
 use report::Report;
 use silence::{PATIENCE, Silence};
@@ -56,7 +56,7 @@ pub(crate) fn run(options: &RunOptions) -> Result<(), Failure> {
     let mut signals = StopSignals::install().context("cannot catch signals")?;
     vmm::check().map_err(Failure::usage)?;
     options.check().map_err(Failure::Usage)?;
-    allow_descriptors();
+    descriptors::allow();
     // Before the machine takes long to build.
     let metrics = options.metrics.as_ref().map(MetricsSocket::listen).transpose()?;
     let disks = machine::disks(options)?;
@@ -67,11 +67,11 @@ pub(crate) fn run(options: &RunOptions) -> Result<(), Failure> {
     let pool = pool.map_err(Failure::usage)?;
     let pool = Arc::new(pool);
     let (tell, said) = mpsc::channel();
-    let tail = Arc::new(panic::Tail::default());
+    let tail = Arc::new(ConsoleTail::default());
     let (machine, opened) = machine::build(options, &disks, &pool, (tell.clone(), tail.clone()))?;
     let machine = Arc::new(machine);
     let queues = machine.snapshot().queues.len() as u64;
-    descriptors::expect(queues * QUEUE_DESCRIPTORS_MAX).map_err(Failure::Usage)?;
+    descriptors::expect([Need { queues, per_queue: QUEUE_DESCRIPTORS_MAX, besides: 0 }])?;
     let metrics = metrics.map(|socket| serve_metrics(socket, &machine, options.quiet)).transpose()?;
     let Some(at_once) = signals.hold_second().context("cannot catch signals")? else {
         return Err(Failure::Runtime(anyhow!("stopped by a signal before the guest began")));

@@ -99,11 +99,19 @@ impl Poller for FaultyQueue {
         self.queue.wake_fds()
     }
 
+    fn awaits_completion(&self) -> bool {
+        self.queue.awaits_completion()
+    }
+
     fn drain(&mut self, now: Ticks) -> bool {
         match &self.fault {
             Fault::NeverDrained(released) if !released.load(Ordering::Acquire) => false,
             _ => self.queue.drain(now),
         }
+    }
+
+    fn abandon(&mut self) -> bool {
+        self.queue.abandon()
     }
 }
 

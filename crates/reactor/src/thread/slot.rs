@@ -282,14 +282,13 @@ impl Slot {
                 return false;
             }
             Ok(true) => {}
+            Err(panic) if !failed => {
+                self.fail("drain", &*panic, now);
+                return true;
+            }
             Err(panic) => {
                 let (poller, cause) = (&self.record().label, message(&*panic));
-                tracing::error!(
-                    poller,
-                    cause,
-                    "a poller panicked in `drain` or `abandon` and is dropped as it is"
-                );
-                self.record().advance(PollerState::Failed);
+                tracing::error!(poller, cause, "a poller panicked in `abandon` and is dropped as it is");
             }
         }
         self.phase = Phase::Drained;

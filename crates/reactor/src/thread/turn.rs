@@ -17,7 +17,7 @@ use super::slot::{Slot, message};
 use crate::epoll::{Epoll, Watch, Woken};
 use crate::fair;
 use crate::mailbox::Inbox;
-use crate::policy::{self, Mode, PREEMPTED_NS, Rest};
+use crate::policy::{self, Mode, Rest};
 use crate::record::Record;
 use crate::stats::ThreadCounters;
 use crate::{Budget, Clock, Ticks, timer};
@@ -73,7 +73,7 @@ impl Turn {
     pub(super) fn run(mut self) {
         loop {
             let now = self.clock.now();
-            let preempted = self.polling && now.since_ns(self.begun) > PREEMPTED_NS;
+            let preempted = self.polling && policy::was_preempted(now.since_ns(self.begun), self.slots.len());
             self.begin(now);
             if self.inbox.is_rung() {
                 self.read_messages(now);

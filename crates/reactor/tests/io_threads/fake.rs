@@ -120,9 +120,17 @@ impl Poller for Server {
         vec![self.0.kick.as_raw_fd()]
     }
 
+    fn awaits_completion(&self) -> bool {
+        false
+    }
+
     fn drain(&mut self, _now: Ticks) -> bool {
         self.0.drains.fetch_add(1, Ordering::AcqRel);
         !self.0.in_flight.load(Ordering::Acquire)
+    }
+
+    fn abandon(&mut self) -> bool {
+        true
     }
 }
 
@@ -138,11 +146,12 @@ pub(crate) enum Call {
     Poll(Ticks),
     Arm,
     Drain,
+    Abandon,
     Drop,
 }
 
-/// A poller made of one closure, for misbehaviour. The closure's answer counts for `poll`; `arm` finds nothing and
-/// `drain` has nothing in flight.
+/// A poller made of one closure, for misbehaviour. The closure's answer counts for `poll`; `arm` finds nothing, and
+/// `drain` and `abandon` have nothing in flight, where that is none.
 pub(crate) struct Script<F: FnMut(Call) -> Work>(pub(crate) F);
 
 impl<F: FnMut(Call) -> Work> Poller for Script<F> {
@@ -160,8 +169,16 @@ impl<F: FnMut(Call) -> Work> Poller for Script<F> {
         Vec::new()
     }
 
+    fn awaits_completion(&self) -> bool {
+        false
+    }
+
     fn drain(&mut self, _now: Ticks) -> bool {
         (self.0)(Call::Drain).done == 0
+    }
+
+    fn abandon(&mut self) -> bool {
+        (self.0)(Call::Abandon).done == 0
     }
 }
 

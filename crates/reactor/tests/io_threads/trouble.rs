@@ -1,8 +1,8 @@
 //! One poller's misfortune is not its neighbours'.
 
 use std::os::fd::{AsRawFd, RawFd};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 
 use reactor::{Budget, Error, Mode, Poller, PollerState, Pool, Ticks, WatchError, Work};
 
@@ -59,6 +59,34 @@ fn a_panic_while_draining_or_dropping_does_not_keep_anybody_waiting() {
     }
 }
 
+/// What still works on its memory must have ended before it is dropped.
+#[test]
+fn a_poller_that_panics_while_draining_is_abandoned_before_it_is_dropped() {
+    for panics_twice in [false, true] {
+        let (pool, calls) = (pool(), Arc::new(Mutex::new(Vec::new())));
+        let script = {
+            let calls = calls.clone();
+            move |call| {
+                let mut calls = calls.lock().unwrap();
+                if matches!(call, Call::Drain | Call::Abandon | Call::Drop) {
+                    calls.push(call);
+                }
+                let waits = call == Call::Abandon && calls.len() < 4;
+                drop(calls);
+                assert!(call != Call::Drain && !(panics_twice && call == Call::Abandon), "on purpose");
+                Work { done: waits.into(), ..Work::NONE }
+            }
+        };
+        let seat = pool.place("rogue", Mode::Notify).unwrap();
+        seat.add("rogue", move || Box::new(Script(script))).unwrap().remove().unwrap();
+        let expected: &[Call] = match panics_twice {
+            false => &[Call::Drain, Call::Abandon, Call::Abandon, Call::Abandon, Call::Drop],
+            true => &[Call::Drain, Call::Abandon, Call::Drop],
+        };
+        assert_eq!(*calls.lock().unwrap(), expected);
+    }
+}
+
 /// A panic takes with it what was in flight: a drain would wait for it for ever.
 #[test]
 fn a_poller_that_lost_what_it_had_in_flight_is_removed_and_its_place_taken_anew() {
@@ -107,7 +135,15 @@ impl Poller for Watched {
         vec![self.0, self.0]
     }
 
+    fn awaits_completion(&self) -> bool {
+        false
+    }
+
     fn drain(&mut self, _now: Ticks) -> bool {
+        true
+    }
+
+    fn abandon(&mut self) -> bool {
         true
     }
 }

@@ -56,6 +56,9 @@ pub enum SessionError {
     /// A configuration write was refused.
     #[error(transparent)]
     Config(#[from] virtio::ConfigError),
+    /// Another host must not go on with this device's storage.
+    #[error(transparent)]
+    NotSettled(#[from] virtio::NotSettled),
     /// The front end made one of our threads wait.
     #[error("one of its descriptors was full or empty, and had been made blocking: a thread had to wait")]
     Blocked,

@@ -72,7 +72,13 @@ impl Session {
             return Reply::u64(NO_FD | FAILED);
         }
         let state = match direction {
-            Direction::Save => self.device.save(),
+            Direction::Save => match self.settle() {
+                Ok(()) => self.device.save(),
+                Err(error) => {
+                    self.not_transferred(&error);
+                    return Reply::u64(NO_FD | FAILED);
+                }
+            },
             Direction::Load => Vec::new(),
         };
         match fd {

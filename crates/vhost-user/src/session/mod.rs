@@ -115,6 +115,8 @@ pub(crate) struct Session {
     /// What guests write to instead of kicking. Nobody reads it.
     notifier: Option<OwnedFd>,
     status: u8,
+    /// A queue was stopped, and what it stored may still be in this host's memory only.
+    unsettled: bool,
     /// A ring broke; set by I/O threads.
     needs_reset: Arc<AtomicBool>,
     transfer: Option<Transfer>,
@@ -159,6 +161,7 @@ impl Session {
             channel: None,
             notifier: None,
             status: 0,
+            unsettled: false,
             needs_reset: Arc::default(),
             transfer: None,
             transferred: None,
@@ -431,8 +434,11 @@ impl Session {
 impl Drop for Session {
     fn drop(&mut self) {
         self.queues().stop_all();
-        let device = self.queues().device().clone();
-        device.settle();
+        if let Err(error) = self.device.settle()
+            && self.log_limits.admits(Kind::Noted)
+        {
+            tracing::error!(%error, "another host would not find it");
+        }
     }
 }
 

@@ -7,7 +7,7 @@ use std::sync::{Arc, MutexGuard, PoisonError};
 use vhost::vhost_user::message::VhostUserProtocolFeatures as Protocol;
 use virtio::features::RING_PACKED;
 use virtio::memory::Mapping;
-use virtio::{Call, EventFdCall, Kick, QueueConfig, QueueSet, RingError, RingFormat, StartError};
+use virtio::{Call, EventFdCall, Kick, NotSettled, QueueConfig, QueueSet, RingError, RingFormat, StartError};
 
 use super::error::NotStarted;
 use super::{Applied, F_LOG_ALL, Reply, Session, SessionError, lock};
@@ -50,10 +50,8 @@ impl Session {
 
     pub(super) fn get_vring_base(&mut self, index: u16) -> Applied<Reply> {
         self.check_ring(index)?;
-        if self.stop(index) {
-            let device = self.queues().device().clone();
-            device.settle();
-        }
+        self.stop(index);
+        self.settle()?;
         let format = self.format();
         let vring = &mut self.vrings[usize::from(index)];
         vring.kick = None;
@@ -140,12 +138,22 @@ impl Session {
         result
     }
 
+    /// Leaves nothing that stopped queues have stored in this host's memory, before another host is let go on.
+    pub(super) fn settle(&mut self) -> Result<(), NotSettled> {
+        if self.unsettled {
+            self.device.settle()?;
+            self.unsettled = false;
+        }
+        Ok(())
+    }
+
     /// Stops a queue; false if it did not run.
     pub(super) fn stop(&mut self, index: u16) -> bool {
         let mut queues = lock(&self.queues);
         if !queues.is_running(index) {
             return false;
         }
+        self.unsettled = true;
         // None: the queue was lost with the poller. The ring is where the front end last said.
         if let Some(state) = queues.stop(index) {
             self.vrings[usize::from(index)].position = Position::Left(state);

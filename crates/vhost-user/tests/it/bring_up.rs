@@ -153,6 +153,42 @@ fn a_device_is_told_of_each_end_of_service_after_it() {
     }
 }
 
+/// QEMU disables its rings before it asks where they stand.
+#[test]
+fn a_device_whose_rings_were_disabled_or_reset_is_told_of_the_end_of_service() {
+    for end in [|vm: &mut Vm| vm.frontend.set_vring_enable(0, false), |vm: &mut Vm| vm.frontend.reset_owner()]
+    {
+        let host = Host::new(1);
+        let mut vm = Vm::new(&host, RingFormat::Split, 1);
+        vm.echo(0, b"served");
+        end(&mut vm).unwrap();
+        vm.frontend.get_vring_base(0).unwrap();
+        assert_eq!(*host.device.settled.lock().unwrap(), [0]);
+    }
+}
+
+#[test]
+fn a_ring_whose_data_may_be_lost_to_another_host_has_no_end() {
+    let host = Host::new(1);
+    host.device.switches.never_settles.store(true, Ordering::SeqCst);
+    for disable_first in [false, true] {
+        let mut vm = Vm::new(&host, RingFormat::Split, 1);
+        vm.echo(0, b"served");
+        if disable_first {
+            vm.frontend.set_vring_enable(0, false).unwrap();
+        }
+        vm.frontend.get_vring_base(0).unwrap_err();
+        eventually("the end of the session", || host.handle.status().peer.is_none());
+        let error = host.handle.status().last_error.unwrap();
+        assert_eq!(error, "what was written may not be on the storage: its storage is full");
+    }
+    // The device goes on for whoever connects again.
+    let mut vm = Vm::new(&host, RingFormat::Split, 1);
+    host.device.switches.never_settles.store(false, Ordering::SeqCst);
+    vm.echo(0, b"served");
+    vm.frontend.get_vring_base(0).unwrap();
+}
+
 #[test]
 fn a_disabled_ring_is_not_served_and_loses_nothing() {
     let host = Host::new(1);

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 use reactor::{Budget, Poller, Ticks, Work};
 use virtio::memory::{gather, scatter, total_len};
 use virtio::ring::{Token, Used};
-use virtio::{ConfigError, ConfigListener, Device, NotReady, PollerBuilder, Queue, StateError};
+use virtio::{ConfigError, ConfigListener, Device, NotReady, NotSettled, PollerBuilder, Queue, StateError};
 
 /// A feature of the device type.
 pub(crate) const FEATURE: u64 = 1 << 3;
@@ -28,6 +28,8 @@ pub(crate) struct Switches {
     pub(crate) leased: AtomicUsize,
     /// Take no queue into service.
     pub(crate) not_ready: AtomicBool,
+    /// Never have on the storage what was written.
+    pub(crate) never_settles: AtomicBool,
     /// Queues in service.
     running: AtomicUsize,
 }
@@ -91,7 +93,7 @@ impl Device for Echo {
                 self.config.lock().unwrap()[offset as usize] = byte;
                 Ok(())
             }
-            _ => Err(ConfigError { offset, len: data.len() }),
+            _ => Err(ConfigError::NotWritable { offset, len: data.len() }),
         }
     }
 
@@ -120,8 +122,12 @@ impl Device for Echo {
         self.take_overs.fetch_add(1, Ordering::SeqCst);
     }
 
-    fn settle(&self) {
+    fn settle(&self) -> Result<(), NotSettled> {
         self.settled.lock().unwrap().push(self.switches.running.load(Ordering::SeqCst));
+        if self.switches.never_settles.load(Ordering::SeqCst) {
+            return Err(NotSettled("its storage is full".to_owned()));
+        }
+        Ok(())
     }
 
     fn save(&self) -> Vec<u8> {
@@ -194,11 +200,19 @@ impl Poller for EchoQueue {
         self.queue.kick_fd().into_iter().collect()
     }
 
+    fn awaits_completion(&self) -> bool {
+        false
+    }
+
     fn drain(&mut self, _now: Ticks) -> bool {
         if self.switches.lose.load(Ordering::SeqCst) {
             return true;
         }
         Self::answer(&mut self.queue, &mut self.held);
         self.queue.in_flight() == 0
+    }
+
+    fn abandon(&mut self) -> bool {
+        true
     }
 }

@@ -137,6 +137,27 @@ fn device_state_that_is_bad_incomplete_or_out_of_turn_is_refused() {
 }
 
 #[test]
+fn device_state_is_not_saved_before_the_data_are() {
+    let host = Host::new(1);
+    let mut vm = Vm::new(&host, RingFormat::Split, 1);
+    vm.echo(0, b"served");
+    vm.frontend.set_vring_enable(0, false).unwrap();
+    let never_settles = &host.device.switches.never_settles;
+    never_settles.store(true, Ordering::SeqCst);
+    let save = |vm: &Vm| {
+        let (read, write) = pipe();
+        vm.frontend.set_device_state_fd(Direction::SAVE, Phase::STOPPED, write).map(|_| read)
+    };
+    save(&vm).expect_err("refused");
+    never_settles.store(false, Ordering::SeqCst);
+    let mut saved = Vec::new();
+    std::fs::File::from(save(&vm).unwrap()).read_to_end(&mut saved).unwrap();
+    vm.frontend.check_device_state().unwrap();
+    assert_eq!(saved, b"initial");
+    assert_eq!(*host.device.settled.lock().unwrap(), [0, 0]);
+}
+
+#[test]
 fn requests_in_flight_survive_the_service() {
     for format in [RingFormat::Split, RingFormat::Packed] {
         let first = Host::new(2);

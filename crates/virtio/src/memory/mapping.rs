@@ -5,7 +5,7 @@
 //! likes (refused by [`super::origin`]).
 #![allow(unsafe_code)]
 
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::ptr::NonNull;
 
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
@@ -76,6 +76,7 @@ pub struct Mapping {
     skip: usize,
     len: usize,
     guard: sigbus::Guard,
+    /// Held until the mapping is gone.
     _place: Option<quota::Place>,
 }
 
@@ -90,13 +91,31 @@ impl Mapping {
     /// # Errors
     /// See [`MappingError`]. The file may be closed afterwards.
     pub fn new(file: impl AsFd, offset: u64, len: u64) -> Result<Self, MappingError> {
+        Self::map(file.as_fd(), offset, len, None)
+    }
+
+    /// The same within the share of the device that it is for.
+    ///
+    /// # Errors
+    /// As for [`Mapping::new`], or the share is used up.
+    pub fn within(quota: &Quota, file: impl AsFd, offset: u64, len: u64) -> Result<Self, MappingError> {
+        let place = quota.take()?;
+        Self::map(file.as_fd(), offset, len, Some(place))
+    }
+
+    fn map(
+        file: BorrowedFd<'_>,
+        offset: u64,
+        len: u64,
+        place: Option<quota::Place>,
+    ) -> Result<Self, MappingError> {
         let system = |what| move |source| MappingError::System { what, source };
         let bad = MappingError::BadRange { offset, len };
         let end = offset.checked_add(len).filter(|&end| len != 0 && end < 1 << 62).ok_or(bad)?;
 
         // Told at once: closing a file waits for whoever serves it, and an error may be told only after that.
         let told = |error: &MappingError| tracing::warn!(%error, "a file is not mapped");
-        let Origin { bytes: have, page_bytes: page } = origin::examine(file.as_fd()).inspect_err(told)?;
+        let Origin { bytes: have, page_bytes: page } = origin::examine(file).inspect_err(told)?;
         if have < end {
             return Err(MappingError::FileTooShort { have, need: end });
         }
@@ -109,7 +128,7 @@ impl Mapping {
                 map_len,
                 ProtFlags::READ | ProtFlags::WRITE,
                 MapFlags::SHARED | MapFlags::NORESERVE,
-                &file,
+                file,
                 map_offset,
             )
         }
@@ -126,19 +145,8 @@ impl Mapping {
             skip: (offset - map_offset) as usize,
             len: len as usize,
             guard,
-            _place: None,
+            _place: place,
         })
-    }
-
-    /// The same within the share of the device that it is for.
-    ///
-    /// # Errors
-    /// As for [`Mapping::new`], or the share is used up.
-    pub fn within(quota: &Quota, file: impl AsFd, offset: u64, len: u64) -> Result<Self, MappingError> {
-        let place = quota.take()?;
-        let mut mapping = Self::new(file, offset, len)?;
-        mapping._place = Some(place);
-        Ok(mapping)
     }
 
     /// Whether a file may be mapped at all, whatever its size. Asks nobody who may not answer.
@@ -165,7 +173,7 @@ impl Mapping {
     }
 }
 
-// SAFETY: `new` mapped `map_len` bytes for reading and writing, of which these are a part; `drop` alone unmaps them, and
+// SAFETY: `map` mapped `map_len` bytes for reading and writing, of which these are a part; `drop` alone unmaps them, and
 // what mends a lost page puts another in its place.
 unsafe impl Backing for Mapping {
     fn base(&self) -> NonNull<u8> {
@@ -186,7 +194,7 @@ impl Drop for Mapping {
     fn drop(&mut self) {
         // The guard goes first: a fault in an address range that is no longer ours must not be mended.
         self.guard.release();
-        // SAFETY: mapped in `new` with this length; segments and areas that point here keep `self` alive.
+        // SAFETY: mapped in `map` with this length; segments and areas that point here keep `self` alive.
         let _ = unsafe { munmap(self.map.as_ptr().cast(), self.map_len) };
     }
 }

@@ -216,12 +216,12 @@ impl Memory {
     }
 
     /// How often memory has been taken away from any map of this process: while the number stands still,
-    /// [`Memory::is_poisoned`] need not be asked again.
+    /// [`Memory::is_poisoned`] need not be asked again. Who reads a number finds poisoned what it counts.
     #[cfg(feature = "std")]
     #[inline(always)]
     #[must_use]
     pub fn poisonings() -> usize {
-        sigbus::POISONINGS.load(core::sync::atomic::Ordering::Relaxed)
+        sigbus::POISONINGS.load(core::sync::atomic::Ordering::Acquire)
     }
 
     /// A window of `len` bytes at `addr` for ring structures. It must lie in one region.

@@ -36,6 +36,10 @@ impl Quota {
     }
 
     /// Mappings that it allows now: [`MAPPINGS_PER_DEVICE_MAX`], or an equal part of what there is for very many devices.
+    ///
+    /// Such a part shrinks with every device that comes, but nothing is taken back: until those that came before have let
+    /// go of what is beyond it, the table may be full before a device has all of its part. That is so with more than 60
+    /// devices, each of which has many regions.
     #[must_use]
     pub fn max(&self) -> usize {
         let devices = DEVICES.load(Ordering::Relaxed).max(1);
@@ -95,6 +99,7 @@ mod tests {
         let many: Vec<Quota> = (0..500).map(|_| Quota::new()).collect();
         let part = many[0].max();
         assert!(part < MAPPINGS_PER_DEVICE_MAX && part * many.len() <= sigbus::MAPPINGS_MAX);
+        assert_eq!(sigbus::MAPPINGS_MAX / MAPPINGS_PER_DEVICE_MAX, 60, "as documented");
         drop(many);
         assert!(quotas[0].take().is_ok(), "what is gone counts no more");
     }

@@ -2,8 +2,8 @@
 //!
 //! Touching a page whose file has shrunk raises SIGBUS, which kills the process and every other guest it serves.
 //! The handler here looks the address up among the shared mappings, puts an anonymous zero page in place of the one
-//! that vanished, and marks the mapping as poisoned, so that its queues stop with a reason. A SIGBUS anywhere else
-//! takes the course it would have taken without us.
+//! that vanished, and marks the mapping as poisoned, so that its queues stop with a reason. A SIGBUS anywhere else, or one
+//! that was sent, takes the course it would have taken without us: the handler that there was before is called.
 //!
 //! The handler interrupts anything, so it takes no lock: each entry of the table has a version, odd while the entry
 //! changes. An entry that changes is passed over, since it cannot be that of the mapping at which a thread is faulting: that
@@ -13,6 +13,8 @@
 use std::mem::MaybeUninit;
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicUsize, Ordering, fence};
 use std::sync::{Mutex, Once, PoisonError};
+
+use libc::{c_int, c_void, sigaction, siginfo_t};
 
 /// Mappings in one piece of the table, and how many pieces there may be. Pieces are made when they are needed.
 const CHUNK_ENTRIES: usize = 512;
@@ -130,30 +132,73 @@ impl Guard {
     }
 }
 
+/// The action that there was before ours. Null before that, and never freed.
+static BEFORE: AtomicPtr<sigaction> = AtomicPtr::new(std::ptr::null_mut());
+
 fn install() {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {
+        let before: &'static mut MaybeUninit<sigaction> = Box::leak(Box::new(MaybeUninit::zeroed()));
         // SAFETY: a zeroed sigaction is a valid value; the handler has the signature SA_SIGINFO calls for and uses only
-        // async-signal-safe operations (atomics, mmap, sigaction).
+        // async-signal-safe operations (atomics, mmap, sigaction, raise), besides calling what was the handler already.
+        // The first call only reads: ours must find the action before when it is called.
         unsafe {
-            let mut action: libc::sigaction = MaybeUninit::zeroed().assume_init();
+            let mut action: sigaction = MaybeUninit::zeroed().assume_init();
             action.sa_sigaction = on_sigbus as *const () as usize;
             action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK | libc::SA_NODEFER;
-            let failed = libc::sigaction(libc::SIGBUS, &action, std::ptr::null_mut());
-            assert_eq!(failed, 0, "SIGBUS can be handled: it is a valid signal and the arguments are too");
+            let read = sigaction(libc::SIGBUS, std::ptr::null(), before.as_mut_ptr());
+            BEFORE.store(before.as_mut_ptr(), Ordering::Release);
+            let set = sigaction(libc::SIGBUS, &action, std::ptr::null_mut());
+            assert_eq!(
+                (read, set),
+                (0, 0),
+                "SIGBUS can be handled: it is a valid signal and the arguments are too"
+            );
         }
     });
 }
 
-extern "C" fn on_sigbus(_signal: libc::c_int, info: *mut libc::siginfo_t, _context: *mut libc::c_void) {
-    // SAFETY: the kernel passes a valid siginfo for SIGBUS, which carries an address.
-    let address = unsafe { (*info).si_addr() } as usize;
-    if !mend(address) {
-        // SAFETY: restores the default action; returning repeats the access, which then ends the process as it should.
-        unsafe {
-            let mut action: libc::sigaction = MaybeUninit::zeroed().assume_init();
-            action.sa_sigaction = libc::SIG_DFL;
-            libc::sigaction(libc::SIGBUS, &action, std::ptr::null_mut());
+extern "C" fn on_sigbus(signal: c_int, info: *mut siginfo_t, context: *mut c_void) {
+    // SAFETY: the kernel passes a valid siginfo for SIGBUS; one that it raised itself carries an address.
+    let (raised, address) = unsafe { ((*info).si_code > 0, (*info).si_addr() as usize) };
+    if !raised || !mend(address) {
+        // SAFETY: these are the arguments that the kernel passed.
+        unsafe { act_as_before(signal, info, context, raised) };
+    }
+}
+
+/// Does what would have happened without us.
+///
+/// # Safety
+/// To be called by the handler, with what it was called with.
+unsafe fn act_as_before(signal: c_int, info: *mut siginfo_t, context: *mut c_void, raised: bool) {
+    // SAFETY: stored before the handler was installed, and never freed or changed.
+    let before = unsafe { &*BEFORE.load(Ordering::Acquire) };
+    match before.sa_sigaction {
+        // Of one that the kernel raised, the access would be repeated for ever: the system does not ignore it either.
+        libc::SIG_IGN if !raised => {}
+        libc::SIG_DFL | libc::SIG_IGN => {
+            // SAFETY: restores the default action. Returning repeats the access, which then ends the process as it
+            // should; one that was sent is sent again.
+            unsafe {
+                let mut action: sigaction = MaybeUninit::zeroed().assume_init();
+                action.sa_sigaction = libc::SIG_DFL;
+                sigaction(signal, &action, std::ptr::null_mut());
+                if !raised {
+                    libc::raise(signal);
+                }
+            }
+        }
+        handler if before.sa_flags & libc::SA_SIGINFO != 0 => {
+            // SAFETY: with this flag, a handler has this signature.
+            let handler: extern "C" fn(c_int, *mut siginfo_t, *mut c_void) =
+                unsafe { std::mem::transmute(handler) };
+            handler(signal, info, context);
+        }
+        handler => {
+            // SAFETY: without the flag, a handler has this signature.
+            let handler: extern "C" fn(c_int) = unsafe { std::mem::transmute(handler) };
+            handler(signal);
         }
     }
 }
@@ -178,7 +223,7 @@ fn mend(address: usize) -> bool {
     // is unmapped; a thread is faulting there now, so it has not been unmapped.
     let mended = unsafe {
         libc::mmap(
-            at as *mut libc::c_void,
+            at as *mut c_void,
             len,
             libc::PROT_READ | libc::PROT_WRITE,
             libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | libc::MAP_FIXED,

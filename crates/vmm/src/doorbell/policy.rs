@@ -20,20 +20,31 @@ pub const CHANGE_NS_START: u64 = 80_000;
 pub const FAULTS_START: u64 = 2;
 /// Changes may take one part in so many of the time: 2.5 %.
 pub const SHARE: u64 = 40;
+/// The most page faults that are put down to one change: those of 4 GiB of memory in the smallest pages. First touches,
+/// which no change leads to, cannot be told from the others; those of a guest that boots are many.
+pub const FAULTS_MAX: u64 = 1 << 20;
 /// A budget is saved up to the price of so many changes, and no further: what a queue that was idle for long may spend at
 /// once.
 pub const SAVED_MAX: u64 = 2;
 
 /// What mapping and unmapping costs: means over the last few times.
+///
+/// Only another change tells what it costs now, and none is made while it is taken to be too dear. So an estimate holds
+/// until a change at that price would be within the [`SHARE`], and falls after that, by as much as may be spent: what turns
+/// out to be as dear as ever takes no more than the share.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Cost {
     change_ns: u64,
     faults: u64,
+    /// When a page was mapped or unmapped last.
+    at: Ticks,
+    /// What was taken for `change_ns` when the page was mapped.
+    tried_ns: u64,
 }
 
 impl Default for Cost {
     fn default() -> Self {
-        Self { change_ns: CHANGE_NS_START, faults: FAULTS_START }
+        Self { change_ns: CHANGE_NS_START, faults: FAULTS_START, at: Ticks(0), tried_ns: CHANGE_NS_START }
     }
 }
 
@@ -44,16 +55,40 @@ impl Cost {
         self.change_ns.saturating_add(self.faults.saturating_mul(EXIT_NS)).max(EXIT_NS)
     }
 
-    /// Both changes together took so long.
-    pub fn changed(&mut self, took_ns: u64) {
-        self.change_ns = mean(self.change_ns, took_ns);
+    /// What a change is taken to cost at a later time, if there was none until then.
+    #[must_use]
+    pub fn by(self, now: Ticks) -> Self {
+        let earned_ns = (now.since_ns(self.at) / SHARE).saturating_sub(self.ns());
+        let change_ns = fallen(self.change_ns, earned_ns, CHANGE_NS_START);
+        Self { change_ns, faults: fallen(self.faults, earned_ns / EXIT_NS, FAULTS_START), ..self }
     }
 
-    /// So many page faults followed.
-    pub fn faulted(&mut self, faults: u64) {
-        // Rounded up: what does not fault at all is not assumed.
-        self.faults = mean(self.faults, faults.saturating_add(3));
+    /// A page is about to be mapped. So many page faults followed the time before, if there was one.
+    pub fn maps(&mut self, faults: Option<u64>, now: Ticks) {
+        let fallen = self.by(now);
+        if let Some(faults) = faults {
+            // Rounded up: what does not fault at all is not assumed.
+            self.faults = follow(self.faults, fallen.faults, faults.min(FAULTS_MAX) + 3);
+        }
+        (self.tried_ns, self.at) = (fallen.change_ns, now);
     }
+
+    /// It was unmapped. Both changes together took so long.
+    pub fn unmapped(&mut self, took_ns: u64, now: Ticks) {
+        self.change_ns = follow(self.change_ns, self.tried_ns, took_ns);
+        self.at = now;
+    }
+}
+
+/// An estimate `by` so much less, but for that no less than `least`.
+fn fallen(estimate: u64, by: u64, least: u64) -> u64 {
+    estimate.saturating_sub(by).max(least.min(estimate))
+}
+
+/// The estimate after a sample. One that it did not reach goes on from what it has `fallen` to: it was wrong, or is no
+/// longer right.
+fn follow(estimate: u64, fallen: u64, sample: u64) -> u64 {
+    if sample < estimate { mean(fallen, sample).max(sample) } else { mean(estimate, sample) }
 }
 
 /// Mean over the last few.
@@ -104,17 +139,18 @@ impl Budget {
 mod tests {
     use super::*;
 
+    fn cost_of(change_ns: u64, faults: u64) -> Cost {
+        Cost { change_ns, faults, ..Cost::default() }
+    }
+
     #[test]
     fn a_page_is_mapped_once_its_driver_has_paid_for_it() {
-        let cost = Cost { change_ns: 8 * EXIT_NS, faults: 2 };
+        let cost = cost_of(8 * EXIT_NS, 2);
         assert!(!worth_mapping(DoorbellMode::Adaptive, 9, cost));
         assert!(worth_mapping(DoorbellMode::Adaptive, 10, cost));
-        assert!(
-            !worth_mapping(DoorbellMode::Adaptive, 0, Cost { change_ns: 0, faults: 0 }),
-            "never for nothing"
-        );
-        assert!(!worth_mapping(DoorbellMode::Trap, u64::MAX, Cost { change_ns: 0, faults: 0 }));
-        let dear = Cost { change_ns: u64::MAX, faults: u64::MAX };
+        assert!(!worth_mapping(DoorbellMode::Adaptive, 0, cost_of(0, 0)), "never for nothing");
+        assert!(!worth_mapping(DoorbellMode::Trap, u64::MAX, cost_of(0, 0)));
+        let dear = cost_of(u64::MAX, u64::MAX);
         assert!(worth_mapping(DoorbellMode::Map, 0, dear));
         let _ = worth_mapping(DoorbellMode::Adaptive, u64::MAX, dear);
     }
@@ -124,8 +160,8 @@ mod tests {
         let settled = |took_ns, faults| {
             let mut cost = Cost::default();
             (0..64).for_each(|_| {
-                cost.changed(took_ns);
-                cost.faulted(faults);
+                cost.maps(Some(faults), Ticks(0));
+                cost.unmapped(took_ns, Ticks(0));
             });
             cost
         };
@@ -136,11 +172,58 @@ mod tests {
         );
         assert_eq!(settled(0, 0).change_ns, 0);
         let mut cost = Cost::default();
-        cost.changed(10_000_000);
+        cost.unmapped(10_000_000, Ticks(0));
         assert!(cost.ns() > 2_000_000, "a slow one counts at once");
-        cost.changed(u64::MAX);
-        cost.faulted(u64::MAX);
-        let _ = cost.ns();
+        cost.unmapped(u64::MAX, Ticks(u64::MAX));
+        cost.maps(Some(u64::MAX), Ticks(0));
+        let _ = cost.by(Ticks(u64::MAX)).ns();
+    }
+
+    /// What a guest that boots touches for the first time is taken for what the change before led to.
+    #[test]
+    fn what_was_taken_to_be_dear_is_tried_again() {
+        for (faults, took_ns) in [(100_000, 80_000), (u64::MAX, 80_000), (2, 1_000_000_000)] {
+            let mut cost = Cost::default();
+            cost.maps(Some(faults), Ticks(0));
+            cost.unmapped(took_ns, Ticks(0));
+            let dear_ns = cost.ns();
+            assert!(dear_ns > 100_000_000, "{cost:?}");
+            assert_eq!(cost.by(Ticks(dear_ns * SHARE)), cost, "it holds until it could be paid");
+            let later = Ticks(2 * dear_ns * SHARE);
+            assert!(worth_mapping(DoorbellMode::Adaptive, 30, cost.by(later)), "{:?}", cost.by(later));
+            // It is as it is taken to be at first.
+            cost.maps(Some(0), later);
+            cost.unmapped(CHANGE_NS_START, later.plus_ns(1));
+            assert!(cost.ns() <= Cost::default().ns() + 2 * EXIT_NS, "{cost:?}");
+        }
+    }
+
+    /// How much of `time_ns` is spent where a change costs `real`, by a driver that is worth one below `price_ns`.
+    fn spent_by_trials_ns(real: Cost, price_ns: u64, time_ns: u64) -> u64 {
+        const EVERY_NS: u64 = 1_000_000;
+        let (mut cost, mut budget, mut spent_ns) = (real, Budget::new(Ticks(0)), 0);
+        for now in (0..time_ns).step_by(EVERY_NS as usize).map(Ticks) {
+            let taken = cost.by(now);
+            if taken.ns() <= price_ns && budget.pay(now, taken) {
+                spent_ns += real.ns();
+                cost.maps(Some(real.faults), now);
+                cost.unmapped(real.change_ns, now);
+            }
+        }
+        spent_ns
+    }
+
+    #[test]
+    fn what_stays_dear_is_tried_no_more_often_than_its_share_allows() {
+        for real in [cost_of(80_000, 1_000), cost_of(80_000, 25_000), cost_of(300_000_000, 2)] {
+            for price_ns in [200_000, real.ns() / 2, u64::MAX] {
+                let time_ns = 200 * SHARE * real.ns();
+                let spent = spent_by_trials_ns(real, price_ns, time_ns);
+                assert!(spent > 0, "{real:?}, worth {price_ns} ns: it is tried");
+                let allowed = time_ns / SHARE + (SAVED_MAX + 1) * real.ns();
+                assert!(spent <= allowed, "{real:?}, worth {price_ns} ns: {spent} of {allowed} ns");
+            }
+        }
     }
 
     /// How much of a second is spent by a thread that would map every `every_ns`.
@@ -153,7 +236,7 @@ mod tests {
     #[test]
     fn changes_take_no_more_than_their_share_however_often_a_thread_sleeps() {
         for (change_ns, faults) in [(10_000, 2), (80_000, 2), (100_000, 1_000), (4_000_000, 50)] {
-            let cost = Cost { change_ns, faults };
+            let cost = cost_of(change_ns, faults);
             for every_ns in [1_000, 50_000, 3_333_333] {
                 let spent = spent_ns(every_ns, cost);
                 let allowed = 1_000_000_000 / SHARE + Cost::default().ns() + cost.ns();
@@ -168,9 +251,6 @@ mod tests {
         let (mut budget, cost, later) = (Budget::new(Ticks(0)), Cost::default(), Ticks(u64::MAX / 2));
         let paid = (0..100).filter(|_| budget.pay(later, cost)).count() as u64;
         assert_eq!(paid, SAVED_MAX);
-        assert!(
-            !Budget::new(Ticks(5)).pay(Ticks(0), Cost { change_ns: u64::MAX, faults: 0 }),
-            "time goes forward"
-        );
+        assert!(!Budget::new(Ticks(5)).pay(Ticks(0), cost_of(u64::MAX, 0)), "time goes forward");
     }
 }

@@ -204,8 +204,9 @@ fn a_thread_that_sleeps_after_every_ring_maps_no_more_than_it_may() {
     for round in 0..200 {
         while ringer.noticed() == round {
             ringer.sleep();
-            let price_ns = ringer.doorbell.lock().cost.ns();
+            let cost = ringer.doorbell.lock().cost;
             ringer.doorbell.awake();
+            let price_ns = cost.by(Clock::get().now()).ns();
             let mapped = ringer.doorbell.counters().maps;
             spent_ns += (mapped - std::mem::replace(&mut maps, mapped)) * price_ns;
             ringer.doorbell.listen();

@@ -91,7 +91,7 @@ impl Device for Echo {
                 self.config.lock().unwrap()[offset as usize] = byte;
                 Ok(())
             }
-            _ => Err(ConfigError { offset, len: data.len() }),
+            _ => Err(ConfigError::NotWritable { offset, len: data.len() }),
         }
     }
 
@@ -165,11 +165,19 @@ impl Poller for EchoQueue {
         self.queue.kick_fd().into_iter().collect()
     }
 
+    fn awaits_completion(&self) -> bool {
+        false
+    }
+
     fn drain(&mut self, _now: Ticks) -> bool {
         if self.switches.stuck.load(Ordering::SeqCst) {
             return false;
         }
         Self::answer(&mut self.queue, &mut self.held);
+        true
+    }
+
+    fn abandon(&mut self) -> bool {
         true
     }
 }

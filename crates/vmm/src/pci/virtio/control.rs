@@ -269,7 +269,9 @@ impl Control {
 impl Drop for Control {
     fn drop(&mut self) {
         self.queues.stop_all();
-        self.device().settle();
+        if let Err(error) = self.device().settle() {
+            tracing::error!(%error, "a machine that is started next would not find it");
+        }
         self.device().reset();
     }
 }

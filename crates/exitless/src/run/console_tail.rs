@@ -16,9 +16,9 @@ const TAIL_BYTES: usize = 16 << 10;
 
 /// The end of what was printed.
 #[derive(Default)]
-pub(super) struct Tail(Mutex<VecDeque<u8>>);
+pub(super) struct ConsoleTail(Mutex<VecDeque<u8>>);
 
-impl Tail {
+impl ConsoleTail {
     /// A sink for a console that remembers the end of what it passes on.
     pub(super) fn behind(self: Arc<Self>, sink: Sink) -> Sink {
         Box::new(Remembering { sink, tail: self })
@@ -43,7 +43,7 @@ impl Tail {
 
 struct Remembering {
     sink: Sink,
-    tail: Arc<Tail>,
+    tail: Arc<ConsoleTail>,
 }
 
 impl Write for Remembering {
@@ -63,7 +63,7 @@ mod tests {
 
     #[test]
     fn a_panic_is_found_at_the_end_of_a_console_and_only_there() {
-        let tail = Arc::new(Tail::default());
+        let tail = Arc::new(ConsoleTail::default());
         let mut sink = tail.clone().behind(Box::new(io::sink()));
         sink.write_all(b"[    0.5] Kernel panic - not syn").unwrap();
         assert!(!tail.tells_of_panic());
