@@ -31,11 +31,11 @@ pub(super) struct Users {
 
 /// A queue's hold on a file. Given back when it is dropped.
 #[derive(Debug)]
-pub(super) struct Hold(Arc<Opened>);
+pub(crate) struct Hold(Arc<Opened>);
 
 impl Hold {
     /// Takes a hold, and waits for up to `limit` for others to give up theirs.
-    pub(super) fn take(file: &Arc<Opened>, limit: Duration) -> Result<Self, BackendError> {
+    pub(crate) fn take(file: &Arc<Opened>, limit: Duration) -> Result<Self, BackendError> {
         let failed =
             |why: &dyn std::fmt::Display| BackendError(format!("locking {}: {why}", file.path.display()));
         // Nobody who must not wait meets somebody who does: there is no hold yet that an I/O thread could drop.
@@ -57,7 +57,7 @@ impl Hold {
     }
 
     /// The file.
-    pub(super) fn file(&self) -> &Arc<Opened> {
+    pub(crate) fn file(&self) -> &Arc<Opened> {
         &self.0
     }
 
