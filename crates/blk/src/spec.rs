@@ -251,9 +251,8 @@ fn qcow2_options<'a>(given: impl Iterator<Item = (&'a str, &'a str)>) -> Result<
             "direct" => options.direct = on_off("direct", value)?,
             "backing" => options.backing = on_off("backing", value)?,
             "lock" => options.lock = on_off("lock", value)?,
-            "threads" => options.threads = number("threads", value, "1 to 64", 64)? as usize,
             _ => {
-                let allowed = "backing, direct, lock, threads";
+                let allowed = "backing, direct, lock";
                 return Err(SpecError::Option { kind: "qcow2", option: option.to_owned(), allowed });
             }
         }
@@ -321,11 +320,7 @@ impl fmt::Display for Spec {
                         write!(f, ",{name}={}", on_off(on))?;
                     }
                 }
-                if options.threads == default.threads {
-                    Ok(())
-                } else {
-                    write!(f, ",threads={}", options.threads)
-                }
+                Ok(())
             }
         }
     }
@@ -346,7 +341,7 @@ mod tests {
             "file:a,,b.img,direct=on,engine=uring,lock=off,fixed-buffers=on,sqpoll=100",
             "file:x,direct=off,engine=inline,lock=late",
             "qcow2:/images/a.qcow2",
-            "qcow2:a,direct=on,backing=on,lock=off,threads=8",
+            "qcow2:a,direct=on,backing=on,lock=off",
         ] {
             assert_eq!(line.parse::<Spec>().unwrap().to_string(), line);
         }
@@ -392,7 +387,6 @@ mod tests {
             ("file:x,sqpoll=0", "1 to 60000"),
             ("file:x,lock=maybe", "on, late or off"),
             ("file:x,cache=none", "direct, engine"),
-            ("qcow2:x,threads=65", "1 to 64"),
         ] {
             let message = line.parse::<Spec>().unwrap_err().to_string();
             assert!(message.contains(hint), "{line}: {message}");

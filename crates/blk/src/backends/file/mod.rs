@@ -12,9 +12,10 @@ mod channel;
 mod device;
 mod fixed;
 pub(crate) mod hold;
+mod image;
 mod in_place;
 mod inline;
-pub(crate) mod open;
+mod open;
 mod ring;
 mod sync;
 pub(crate) mod transfer;
@@ -27,7 +28,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use rustix::fs::{fdatasync, fsync};
+use rustix::fs::fsync;
 use virtio::Memory;
 
 use self::blocks::Blocks;
@@ -328,9 +329,6 @@ impl Backend for File {
     }
 
     fn flush(&self) -> Result<(), BackendError> {
-        let path = self.opened.path.display();
-        self.opened
-            .flushed(fdatasync(&self.opened.buffered))
-            .map_err(|error| BackendError(format!("flushing {path}: {error}")))
+        self.opened.flush()
     }
 }

@@ -65,7 +65,7 @@ pub(super) fn open(path: &Path, options: FileOptions) -> Result<Opened, BackendE
     let bytes = size(&buffered).map_err(|e| failed("reading its size", &e))?;
     can_be_a_disk(&buffered, kind, bytes, options).map_err(|(what, error)| failed(what, &error))?;
     engine(path, kind, options).map_err(|e| failed("engine=uring", &e))?;
-    if bytes % 512 != 0 {
+    if bytes % 512 != 0 && !options.image {
         tracing::warn!(path = %path.display(), bytes, "the bytes beyond the last whole sector cannot be reached");
     }
     let direct = match options.direct {
@@ -73,7 +73,7 @@ pub(super) fn open(path: &Path, options: FileOptions) -> Result<Opened, BackendE
         Direct::Auto if kind == Kind::Tmpfs => None,
         Direct::Auto | Direct::On => {
             let opened = reopen(OFlags::DIRECT).ok().filter(|fd| same_file(fd, &stat));
-            let found = direct(opened, bytes, options.unit_bytes_min);
+            let found = direct(opened, bytes, options);
             match found {
                 Ok(direct) => Some(direct),
                 Err(why) if options.direct == Direct::On => return Err(failed("direct=on", &why)),
@@ -103,7 +103,8 @@ pub(super) fn open(path: &Path, options: FileOptions) -> Result<Opened, BackendE
         path: path.to_owned(),
         zero_unit: zero_unit.max(unit.unwrap_or(1)),
         blocks: unit.filter(|&unit| unit > 512 && !options.read_only).map(Blocks::new),
-        bytes: AtomicU64::new(bytes & !511),
+        // An image in it grows without asking.
+        bytes: AtomicU64::new(if options.image { i64::MAX as u64 } else { bytes & !511 }),
         sizing: Mutex::default(),
         was_cut: AtomicBool::new(false),
         flush_failed: AtomicBool::new(false),
@@ -167,17 +168,20 @@ fn same_file(file: &OwnedFd, stat: &rustix::fs::Stat) -> bool {
     fstat(file).is_ok_and(|again| (again.st_dev, again.st_ino) == (stat.st_dev, stat.st_ino))
 }
 
-/// The way past the page cache, if it can be taken always: bytes that are reached both ways would differ. `unit` is the
-/// least that storage is taken to want.
-fn direct(file: Option<OwnedFd>, bytes: u64, unit: u64) -> Result<(OwnedFd, DirectAlign), &'static str> {
+/// The way past the page cache, if it can be taken always: bytes that are reached both ways would differ.
+fn direct(
+    file: Option<OwnedFd>,
+    bytes: u64,
+    options: FileOptions,
+) -> Result<(OwnedFd, DirectAlign), &'static str> {
     const CANNOT: &str = "its file system cannot bypass the page cache";
     let file = file.ok_or(CANNOT)?;
     let mut align = direct_align(&file, bytes).ok_or(CANNOT)?;
-    align.file = align.file.max(unit);
+    align.file = align.file.max(options.unit_bytes_min);
     if align.memory > PAGE_BYTES || align.file > BOUNCE_BYTES / 2 {
         return Err("its storage wants transfers aligned to more than is supported without the page cache");
     }
-    if !bytes.is_multiple_of(align.file) && align.file > 512 {
+    if !bytes.is_multiple_of(align.file) && align.file > 512 && !options.image {
         return Err(
             "its size is no multiple of its storage's blocks, which is all that can be had without the page cache",
         );

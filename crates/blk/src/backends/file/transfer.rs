@@ -98,6 +98,11 @@ pub(crate) fn fill_with_zeros(chains: &Chains, slot: u16, from: u64, len: u64) {
     read.deliver_zeros(chains, &mut [], 0);
 }
 
+/// Copies `bytes` to a read's data, from byte `from` on.
+pub(crate) fn scatter_data(chains: &Chains, slot: u16, from: u64, bytes: &[u8]) {
+    scatter(chains.at(slot.into()).writable, from as usize, bytes);
+}
+
 /// A transfer that is over.
 #[derive(Debug)]
 pub(crate) struct Ended {
