@@ -250,7 +250,7 @@ fn qcow2_options<'a>(given: impl Iterator<Item = (&'a str, &'a str)>) -> Result<
         match option {
             "direct" => options.direct = on_off("direct", value)?,
             "backing" => options.backing = on_off("backing", value)?,
-            "lock" => options.lock = on_off("lock", value)?,
+            "lock" => options.lock = if on_off("lock", value)? { Lock::On } else { Lock::Off },
             "threads" => options.threads = number("threads", value, "1 to 64", 64)? as usize,
             _ => {
                 let allowed = "backing, direct, lock, threads";
@@ -315,7 +315,7 @@ impl fmt::Display for Spec {
                 for (name, on, default) in [
                     ("direct", options.direct, default.direct),
                     ("backing", options.backing, default.backing),
-                    ("lock", options.lock, default.lock),
+                    ("lock", options.lock != Lock::Off, default.lock != Lock::Off),
                 ] {
                     if on != default {
                         write!(f, ",{name}={}", on_off(on))?;

@@ -8,9 +8,9 @@ mod blocks;
 mod bounce;
 mod device;
 mod fixed;
-mod hold;
+pub(super) mod hold;
 mod inline;
-mod open;
+pub(super) mod open;
 mod ring;
 mod sync;
 mod uring;
@@ -139,10 +139,10 @@ impl DirectAlign {
 /// [`Lock::On`], `owner` is locked for as long as it is open, which says whose the image is while no queue runs, and
 /// `buffered` against QEMU.
 #[derive(Debug)]
-struct Opened {
-    path: PathBuf,
+pub(crate) struct Opened {
+    pub(super) path: PathBuf,
     /// Goes through the page cache.
-    buffered: OwnedFd,
+    pub(super) buffered: OwnedFd,
     /// Goes past it, as then do all reads and writes.
     direct: Option<(OwnedFd, DirectAlign)>,
     /// Says that the image is this process's own.

@@ -4,10 +4,11 @@
 //! buffers of ours: only the I/O thread touches guest memory. That costs a hand-over and a copy per request; images
 //! that must be fast are raw ones.
 
+mod chain;
 mod channel;
+mod open;
 mod threads;
 
-use std::fs::OpenOptions;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
@@ -20,8 +21,11 @@ use imago::{
 };
 use virtio::Memory;
 
+use self::chain::Chain;
 use self::channel::Threaded;
 use crate::backend::{Backend, BackendError, ChannelBuilder, Geometry};
+use crate::backends::file::Lock;
+use crate::backends::file::hold::Hold;
 use crate::backends::lock;
 
 /// The most threads of a queue.
@@ -38,14 +42,14 @@ pub struct Qcow2Options {
     /// for the guest to read, so it is for images from a trusted source only.
     pub backing: bool,
     /// Keep others from writing the image at the same time.
-    pub lock: bool,
+    pub lock: Lock,
     /// Requests of a queue that are worked on at the same time, 1 to 64.
     pub threads: usize,
 }
 
 impl Default for Qcow2Options {
     fn default() -> Self {
-        Self { read_only: false, direct: false, backing: false, lock: true, threads: 4 }
+        Self { read_only: false, direct: false, backing: false, lock: Lock::On, threads: 4 }
     }
 }
 
@@ -54,10 +58,11 @@ struct Image {
     path: PathBuf,
     /// Discards and resizes need it alone, all else shares it.
     access: RwLock<FormatAccess<ImageFile>>,
-    /// Holds the lock, and is dropped after `access` has written what it had cached. A killed process keeps it for as long
-    /// as it can still write: what the threads do they do in their own system calls, and files are closed when the last
-    /// thread has returned from its.
-    _lock: Option<std::fs::File>,
+    /// Hold the locks, and are dropped after `access` has written what it had cached. A killed process keeps them for as
+    /// long as it can still write: what the threads do they do in their own system calls, and files are closed when the
+    /// last thread has returned from its.
+    _holds: Vec<Hold>,
+    _chain: Chain,
 }
 
 /// A qcow2 image.
@@ -82,19 +87,11 @@ impl Qcow2 {
                 &format_args!("{} given, 1 to {THREADS_MAX} allowed", options.threads),
             ));
         }
-        let locked = if options.lock {
-            let file = OpenOptions::new().read(true).write(!options.read_only).open(path);
-            let file = file.map_err(|e| failed("opening the file", &e))?;
-            lock::lock(&file, lock::ALL, !options.read_only).map_err(|error| match error.kind() {
-                std::io::ErrorKind::WouldBlock => {
-                    failed("locking it", &"another process uses it (lock=off overrides)")
-                }
-                _ => failed("locking it", &error),
-            })?;
-            Some(file)
-        } else {
-            None
-        };
+        let chain = open::open(path, options)?;
+        let holds = chain.hold(lock::WAIT)?;
+        if options.lock == Lock::Late {
+            return Err(failed("lock=late", &"this backend cannot share an image with another service"));
+        }
         let storage = StorageOpenOptions::new().direct(options.direct);
         let builder = Format::<ImageFile>::builder(
             <ImageFile as imago::Storage>::open(storage.clone().filename(path).write(!options.read_only))
@@ -115,7 +112,8 @@ impl Qcow2 {
         })?;
         let access = FormatAccess::new(format);
         let bytes = access.size();
-        let image = Image { path: path.to_owned(), access: RwLock::new(access), _lock: locked };
+        let image =
+            Image { path: path.to_owned(), access: RwLock::new(access), _holds: holds, _chain: chain };
         Ok(Self { image: Arc::new(image), options, bytes: AtomicU64::new(bytes & !511) })
     }
 }
