@@ -204,6 +204,30 @@ impl FromStr for Spec {
     }
 }
 
+fn engine(value: &str) -> Result<Engine, SpecError> {
+    Ok(match value {
+        "auto" => Engine::Auto,
+        "uring" => Engine::Uring,
+        "inline" => Engine::Inline,
+        _ => {
+            let (value, allowed) = (value.to_owned(), "auto, uring or inline");
+            return Err(SpecError::Value { option: "engine", value, allowed });
+        }
+    })
+}
+
+fn lock(value: &str) -> Result<Lock, SpecError> {
+    Ok(match value {
+        "on" | "" => Lock::On,
+        "late" => Lock::Late,
+        "off" => Lock::Off,
+        _ => {
+            let (value, allowed) = (value.to_owned(), "on, late or off");
+            return Err(SpecError::Value { option: "lock", value, allowed });
+        }
+    })
+}
+
 fn file_options<'a>(given: impl Iterator<Item = (&'a str, &'a str)>) -> Result<FileOptions, SpecError> {
     let mut options = FileOptions::default();
     for (option, value) in given {
@@ -217,22 +241,8 @@ fn file_options<'a>(given: impl Iterator<Item = (&'a str, &'a str)>) -> Result<F
                     _ => return Err(bad("direct", "auto, on or off")),
                 }
             }
-            "engine" => {
-                options.engine = match value {
-                    "auto" => Engine::Auto,
-                    "uring" => Engine::Uring,
-                    "inline" => Engine::Inline,
-                    _ => return Err(bad("engine", "auto, uring or inline")),
-                }
-            }
-            "lock" => {
-                options.lock = match value {
-                    "on" | "" => Lock::On,
-                    "late" => Lock::Late,
-                    "off" => Lock::Off,
-                    _ => return Err(bad("lock", "on, late or off")),
-                }
-            }
+            "engine" => options.engine = engine(value)?,
+            "lock" => options.lock = lock(value)?,
             "fixed-buffers" => options.fixed_buffers = on_off("fixed-buffers", value)?,
             "sqpoll" => options.sqpoll_ms = Some(number("sqpoll", value, "1 to 60000 milliseconds", 60_000)?),
             _ => {
@@ -250,9 +260,10 @@ fn qcow2_options<'a>(given: impl Iterator<Item = (&'a str, &'a str)>) -> Result<
         match option {
             "direct" => options.direct = on_off("direct", value)?,
             "backing" => options.backing = on_off("backing", value)?,
-            "lock" => options.lock = on_off("lock", value)?,
+            "engine" => options.engine = engine(value)?,
+            "lock" => options.lock = lock(value)?,
             _ => {
-                let allowed = "backing, direct, lock";
+                let allowed = "backing, direct, engine, lock";
                 return Err(SpecError::Option { kind: "qcow2", option: option.to_owned(), allowed });
             }
         }
@@ -271,6 +282,20 @@ impl TryFrom<String> for Spec {
 impl From<Spec> for String {
     fn from(spec: Spec) -> Self {
         spec.to_string()
+    }
+}
+
+/// Writes options that files and images have, unless they have their default.
+fn write_ways(f: &mut fmt::Formatter<'_>, engine: Engine, lock: Lock) -> fmt::Result {
+    match engine {
+        Engine::Auto => {}
+        Engine::Uring => f.write_str(",engine=uring")?,
+        Engine::Inline => f.write_str(",engine=inline")?,
+    }
+    match lock {
+        Lock::On => Ok(()),
+        Lock::Late => f.write_str(",lock=late"),
+        Lock::Off => f.write_str(",lock=off"),
     }
 }
 
@@ -293,16 +318,7 @@ impl fmt::Display for Spec {
                     Direct::On => f.write_str(",direct=on")?,
                     Direct::Off => f.write_str(",direct=off")?,
                 }
-                match options.engine {
-                    Engine::Auto => {}
-                    Engine::Uring => f.write_str(",engine=uring")?,
-                    Engine::Inline => f.write_str(",engine=inline")?,
-                }
-                match options.lock {
-                    Lock::On => {}
-                    Lock::Late => f.write_str(",lock=late")?,
-                    Lock::Off => f.write_str(",lock=off")?,
-                }
+                write_ways(f, options.engine, options.lock)?;
                 if options.fixed_buffers != default.fixed_buffers {
                     write!(f, ",fixed-buffers={}", on_off(options.fixed_buffers))?;
                 }
@@ -311,16 +327,14 @@ impl fmt::Display for Spec {
             Self::Qcow2 { path, options } => {
                 let default = Qcow2Options::default();
                 write!(f, "qcow2:{}", escaped(path))?;
-                for (name, on, default) in [
-                    ("direct", options.direct, default.direct),
-                    ("backing", options.backing, default.backing),
-                    ("lock", options.lock, default.lock),
-                ] {
+                for (name, on, default) in
+                    [("direct", options.direct, default.direct), ("backing", options.backing, default.backing)]
+                {
                     if on != default {
                         write!(f, ",{name}={}", on_off(on))?;
                     }
                 }
-                Ok(())
+                write_ways(f, options.engine, options.lock)
             }
         }
     }
@@ -341,7 +355,8 @@ mod tests {
             "file:a,,b.img,direct=on,engine=uring,lock=off,fixed-buffers=on,sqpoll=100",
             "file:x,direct=off,engine=inline,lock=late",
             "qcow2:/images/a.qcow2",
-            "qcow2:a,direct=on,backing=on,lock=off",
+            "qcow2:a,direct=on,backing=on,engine=inline,lock=late",
+            "qcow2:a,lock=off",
         ] {
             assert_eq!(line.parse::<Spec>().unwrap().to_string(), line);
         }

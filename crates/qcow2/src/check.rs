@@ -5,6 +5,7 @@ use std::fmt::Arguments;
 use std::io;
 use std::ops::Range;
 
+use crate::bitmaps;
 use crate::entry::{L1Entry, L2Entry, Mapping};
 use crate::header::autoclear;
 use crate::image::{Image, ImageError, ReadAt, read_words};
@@ -14,11 +15,9 @@ use crate::refcount;
 const FINDINGS_MAX: usize = 100;
 /// Clusters that are counted together: few, so that references spread over a sparse file take little memory.
 const CHUNK: u64 = 64;
-/// QEMU's limits: of the snapshot table and the bitmap directory in bytes, of a snapshot's extra data in bytes, of bitmaps.
+/// QEMU's limits: of the snapshot table in bytes, of a snapshot's extra data in bytes.
 const SNAPSHOT_TABLE_BYTES_MAX: u64 = 64 << 20;
 const SNAPSHOT_EXTRA_BYTES_MAX: u64 = 1024;
-const BITMAP_DIRECTORY_BYTES_MAX: u64 = 64 << 20;
-const BITMAPS_MAX: u32 = 65535;
 /// Entries of all bitmap tables together; QEMU's limit is as much for each.
 const BITMAP_ENTRIES_MAX: u64 = 1 << 27;
 /// Entries of a bitmap table that are read at once.
@@ -316,7 +315,7 @@ impl<F: ReadAt> Check<'_, F> {
             return Ok(());
         };
         let (first, bytes) = (bitmaps.directory_offset, bitmaps.directory_bytes);
-        if bytes > BITMAP_DIRECTORY_BYTES_MAX || bitmaps.count > BITMAPS_MAX {
+        if bytes > bitmaps::DIRECTORY_BYTES_MAX || bitmaps.count > bitmaps::COUNT_MAX {
             self.report.corrupt(|| format!("{} bitmaps, in a directory of {bytes} bytes", bitmaps.count));
             return Ok(());
         }

@@ -223,15 +223,6 @@ impl Header {
         self.autoclear & autoclear::RAW_DATA_FILE != 0
     }
 
-    /// The header that the image must have before it is written to; `None` if it has that already. Features that are
-    /// cleared by whoever does not know them are; persistent bitmaps, which are not kept up to date here, are no longer
-    /// said to be.
-    #[must_use]
-    pub fn for_writing(&self) -> Option<Self> {
-        let autoclear = self.autoclear & autoclear::RAW_DATA_FILE;
-        (autoclear != self.autoclear).then(|| Self { autoclear, ..self.clone() })
-    }
-
     /// Writes the fields that change in an image's life over their places in `bytes`, which holds the header as it stands
     /// in the file. All lie within the first 104 bytes, so that one sector changes.
     ///

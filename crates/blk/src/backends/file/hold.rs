@@ -95,7 +95,7 @@ fn begin(file: &Opened) -> io::Result<()> {
 /// Makes an image this process's own, until [`disown`]. `owner` is a descriptor for the lock alone: it goes with this
 /// process, whatever the kernel still does for a ring. Where another service has the image, that is soon clear: one that
 /// was killed ends soon. What the kernel still does for that is waited for longer.
-pub(super) fn own(owner: &OwnedFd, buffered: &OwnedFd, path: &Path, write: bool) -> io::Result<()> {
+pub(crate) fn own(owner: &OwnedFd, buffered: &OwnedFd, path: &Path, write: bool) -> io::Result<()> {
     lock::wait(path, END_WAIT, || lock::lock(owner, lock::OWNERSHIP, write))?;
     lock::wait(path, lock::WAIT, || lock::test(owner, lock::USE, write))?;
     lock::wait(path, END_WAIT, || lock::keep_qemu_out(buffered, write))?;

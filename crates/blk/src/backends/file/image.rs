@@ -1,29 +1,14 @@
 //! A file that holds an image in a format of its own: what the format's backend needs of it beside transfers.
 
-use std::io;
 use std::os::fd::OwnedFd;
-use std::path::Path;
 
 use rustix::fs::{fdatasync, ftruncate};
-use rustix::io::{Errno, pread};
+use rustix::io::Errno;
 
-use super::{FileOptions, Kind, Opened, open};
+use super::{Kind, Opened, open};
 use crate::backend::BackendError;
 
 impl Opened {
-    /// Opens the file or block device at `path`.
-    ///
-    /// # Errors
-    /// It cannot be opened or locked, is neither a file nor a block device, or cannot do what `options` ask for.
-    pub(crate) fn open(path: &Path, options: FileOptions) -> Result<Self, BackendError> {
-        open::open(path, options)
-    }
-
-    /// Where it is.
-    pub(crate) fn path(&self) -> &Path {
-        &self.path
-    }
-
     /// What was opened.
     pub(crate) fn kind(&self) -> Kind {
         self.kind
@@ -32,30 +17,6 @@ impl Opened {
     /// The least that storage takes, in bytes.
     pub(crate) fn logical_block_bytes(&self) -> u32 {
         self.logical_block_bytes
-    }
-
-    /// Length of the file in bytes.
-    pub(crate) fn file_bytes(&self) -> io::Result<u64> {
-        Ok(open::size(&self.buffered)?)
-    }
-
-    /// Fills `buffer` from `offset` on, with zeros beyond the end of the file. Waits.
-    pub(crate) fn read_at(&self, mut offset: u64, mut buffer: &mut [u8]) -> io::Result<()> {
-        while !buffer.is_empty() {
-            match pread(&self.buffered, &mut *buffer, offset) {
-                Ok(0) => {
-                    buffer.fill(0);
-                    break;
-                }
-                Ok(read) => {
-                    offset += read as u64;
-                    buffer = &mut buffer[read..];
-                }
-                Err(Errno::INTR) => {}
-                Err(error) => return Err(error.into()),
-            }
-        }
-        Ok(())
     }
 
     /// Makes the file at least that long; what is new reads as zeros. False if it cannot be.

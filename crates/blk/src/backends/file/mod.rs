@@ -11,11 +11,11 @@ mod bounce;
 mod channel;
 mod device;
 mod fixed;
-pub(crate) mod hold;
+pub(super) mod hold;
 mod image;
 mod in_place;
 mod inline;
-mod open;
+pub(super) mod open;
 mod ring;
 mod sync;
 pub(crate) mod transfer;
@@ -151,9 +151,9 @@ impl DirectAlign {
 /// `buffered` against QEMU.
 #[derive(Debug)]
 pub(crate) struct Opened {
-    path: PathBuf,
+    pub(super) path: PathBuf,
     /// Goes through the page cache.
-    buffered: OwnedFd,
+    pub(super) buffered: OwnedFd,
     /// Goes past it, as then do all reads and writes.
     direct: Option<(OwnedFd, DirectAlign)>,
     /// Says that the image is this process's own.

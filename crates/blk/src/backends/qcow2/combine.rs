@@ -136,6 +136,11 @@ pub(super) struct Seats {
 }
 
 impl Seats {
+    /// Whether no thread ever had a way to the image.
+    pub(super) fn never_taken(&self) -> bool {
+        self.next.load(Ordering::Relaxed) == 0
+    }
+
     /// A number for a thread, which is rung from now on when there is work that nobody does.
     pub(super) fn take(&self, bell: &Arc<Bell>) -> SeatId {
         let seat = self.next.fetch_add(1, Ordering::Relaxed) as SeatId;

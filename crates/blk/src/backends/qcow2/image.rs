@@ -27,8 +27,8 @@ pub(super) struct Image {
     pub(super) data_file: u8,
     /// The image's own guards.
     pub(super) readers: Arc<Readers>,
-    /// Size of the disk in bytes.
-    pub(super) bytes: AtomicU64,
+    /// Size of the disk in bytes, in whole sectors.
+    pub(super) bytes: Arc<AtomicU64>,
     /// The threads that work on it.
     pub(super) seats: Seats,
 }
@@ -91,7 +91,7 @@ pub(super) struct Extent {
 
 impl Image {
     /// Puts together what was opened. `cache_bytes` is how much of its tables each layer keeps in memory.
-    pub(super) fn new(chain: &Chain, cache_bytes: u64, punch: bool) -> Self {
+    pub(super) fn new(chain: &Chain, cache_bytes: u64, bytes: Arc<AtomicU64>) -> Self {
         let mut files = Vec::new();
         let mut number = |file: &Arc<Opened>| {
             files.push(file.clone());
@@ -115,7 +115,7 @@ impl Image {
                     let environment = Environment {
                         has_backing,
                         fresh_is_zero: regular,
-                        punch,
+                        punch: regular,
                         file_bytes: image.file_bytes,
                     };
                     let header = image.header.clone();
@@ -142,16 +142,16 @@ impl Image {
                 }
             });
         }
-        let bytes = match layers.first() {
-            Some(Layer::Qcow2(tables)) => tables.bytes,
-            _ => 0,
-        };
+        let disk_bytes = chain.layers.first().map_or(0, |layer| layer.disk_bytes() & !511);
         Self {
             layers: layers.into(),
             files: files.into(),
             data_file,
             readers: readers.unwrap_or_default(),
-            bytes: AtomicU64::new(bytes),
+            bytes: {
+                bytes.store(disk_bytes, Ordering::Relaxed);
+                bytes
+            },
             seats: Seats::default(),
         }
     }

@@ -1,6 +1,6 @@
 //! Storage in a qcow2 image: the engine of `qcow2` decides, and each queue's own thread does the input and output.
 //!
-//! * `image` is what all threads share, and finds bytes; `open` puts it together.
+//! * `open` opens an image and all that it stands on, the `chain`; `image` is what threads share of it, and finds bytes.
 //! * `channel` is a queue's way to it, `pieces` what becomes of its requests, `jobs` what is under way.
 //! * `combine` lets many threads have one engine, `commands` does what it wants done.
 //! * `control` is for control threads: resizing, and leaving an image in order.
@@ -15,25 +15,28 @@ mod jobs;
 mod open;
 mod pieces;
 
-use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use qcow2::image::ReadAt;
 use virtio::Memory;
 
+use self::chain::{Chain, Format, Layer, Tables};
 use self::channel::ImageChannel;
 use self::control::Control;
 use self::image::Image;
 use self::jobs::Jobs;
 use crate::backend::{Backend, BackendError, Channel, ChannelBuilder, Geometry};
 use crate::backends::file::hold::Hold;
-use crate::backends::file::{Engine, InPlace, Opened, Uring};
+use crate::backends::file::{Engine, InPlace, Lock, Uring};
 use crate::backends::lock;
 
 /// Bytes of tables that are kept in memory, for each layer.
 const CACHE_BYTES: u64 = 64 << 20;
+/// The smallest efficient unit, in bytes.
+const BLOCK_BYTES: u32 = 4096;
 
 /// How to open an image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -48,12 +51,12 @@ pub struct Qcow2Options {
     /// for the guest to read, so it is for images from a trusted source only.
     pub backing: bool,
     /// Keep others from writing the image at the same time.
-    pub lock: bool,
+    pub lock: Lock,
 }
 
 impl Default for Qcow2Options {
     fn default() -> Self {
-        Self { read_only: false, direct: false, engine: Engine::Auto, backing: false, lock: true }
+        Self { read_only: false, direct: false, engine: Engine::Auto, backing: false, lock: Lock::On }
     }
 }
 
@@ -61,9 +64,25 @@ impl Default for Qcow2Options {
 pub struct Qcow2 {
     path: PathBuf,
     options: Qcow2Options,
+    /// Size of the disk in bytes.
+    bytes: Arc<AtomicU64>,
+    /// Who has it changes which threads there are, the size, or reads the image anew.
+    state: Mutex<State>,
+    discard: bool,
+    logical_block_bytes: u32,
+    descriptors: u32,
+}
+
+struct State {
+    chain: Chain,
     image: Arc<Image>,
-    /// Held while the size is changed, or the image is left in order.
-    alone: Mutex<()>,
+}
+
+impl State {
+    /// Whether no thread has a way to the image.
+    fn is_unused(&self) -> bool {
+        Arc::strong_count(&self.image) == 1
+    }
 }
 
 impl Qcow2 {
@@ -72,43 +91,80 @@ impl Qcow2 {
     /// # Errors
     /// It cannot be opened or locked, is no qcow2 image, or refers to another file that may not be opened.
     pub fn open(path: &Path, options: Qcow2Options) -> Result<Self, BackendError> {
-        let chain = open::open(path, options)?;
-        let image = Arc::new(Image::new(&chain, CACHE_BYTES, true));
-        Ok(Self { path: path.to_owned(), options, image, alone: Mutex::default() })
+        let mut chain = open::open(path, options)?;
+        let bytes = Arc::new(AtomicU64::new(0));
+        let discard = match &chain.layers[0].format {
+            // Version 2 has nothing that hides a backing file.
+            Format::Qcow2(image) => image.header.version >= 3 || chain.layers.len() == 1,
+            Format::Raw { .. } => false,
+        };
+        let (logical_block_bytes, files) = {
+            let top = &chain.layers[0];
+            let data = top.data_file.as_ref().unwrap_or(&top.file);
+            (data.logical_block_bytes(), chain.files().count() as u32)
+        };
+        let rings = u32::from(wants_uring(&chain, options));
+        let image = build(&mut chain, options, &bytes);
+        Ok(Self {
+            path: path.to_owned(),
+            options,
+            bytes,
+            state: Mutex::new(State { chain, image }),
+            discard,
+            logical_block_bytes,
+            // Open files, what wakes the thread, and a ring.
+            descriptors: files + 1 + rings,
+        })
     }
 
-    fn failed(&self, what: &str, error: &dyn std::fmt::Display) -> BackendError {
-        BackendError(format!("{what} {}: {error}", self.path.display()))
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Every file, held, and an open file of each for one thread.
-    fn hold(image: &Image, wait: Duration) -> Result<(Vec<Arc<Hold>>, Vec<OwnedFd>), BackendError> {
-        let (mut holds, mut owns) = (Vec::new(), Vec::new());
-        for file in &image.files {
-            holds.push(Arc::new(Hold::take(file, wait)?));
-            owns.push(file.open_for_thread()?);
+    /// Holds all files for a thread. Where another service may have written the image before that, it is read again.
+    fn hold(&self, state: &mut State, wait: Duration) -> Result<Vec<Arc<Hold>>, BackendError> {
+        let holds = state.chain.hold(wait)?.into_iter().map(Arc::new).collect();
+        if self.options.lock == Lock::Late && state.is_unused() {
+            open::prepare(&mut state.chain, self.options)?;
+            state.image = build(&mut state.chain, self.options, &self.bytes);
         }
-        Ok((holds, owns))
+        Ok(holds)
     }
 
-    fn wants_uring(&self, image: &Image) -> bool {
-        image.files.iter().any(|file| self.options.engine.wants_uring(file.kind()))
-    }
-
-    /// Gives back what is reserved in the image, if no queue runs. Without this, it is leaked at the end.
+    /// Gives back what is reserved in the image, if no queue runs. What is not given back is leaked.
     fn leave_in_order(&self) -> Result<(), BackendError> {
-        let _alone = self.alone.lock().unwrap_or_else(PoisonError::into_inner);
-        if self.options.read_only || Arc::strong_count(&self.image) > 1 {
+        let mut state = self.state();
+        if self.options.read_only || !state.is_unused() || state.image.seats.never_taken() {
             return Ok(());
         }
-        self.control()?.leave_in_order();
+        self.control(&mut state)?.leave_in_order();
         Ok(())
     }
 
-    fn control(&self) -> Result<Control, BackendError> {
-        let (holds, owns) = Self::hold(&self.image, Duration::ZERO)?;
-        Control::new(self.image.clone(), InPlace::new(holds, owns)?)
+    fn control(&self, state: &mut State) -> Result<Control, BackendError> {
+        let holds = self.hold(state, Duration::ZERO)?;
+        let owns = state.chain.files().map(|file| file.open_for_thread()).collect::<Result<_, _>>()?;
+        Control::new(state.image.clone(), InPlace::new(holds, owns)?)
     }
+}
+
+fn wants_uring(chain: &Chain, options: Qcow2Options) -> bool {
+    chain.files().any(|file| options.engine.wants_uring(file.kind()))
+}
+
+/// An image for threads to share.
+fn build(chain: &mut Chain, options: Qcow2Options, bytes: &Arc<AtomicU64>) -> Arc<Image> {
+    if let Some(Layer { file, format: Format::Qcow2(image), .. }) = chain.layers.first_mut()
+        && options.direct
+        && !options.read_only
+    {
+        // What is written past the page cache has whole blocks.
+        let whole = image.file_bytes.next_multiple_of(image.header.layout.cluster_bytes().max(4096));
+        if file.extend(whole) {
+            image.file_bytes = Tables(file).file_bytes().unwrap_or(whole);
+        }
+    }
+    Arc::new(Image::new(chain, CACHE_BYTES, bytes.clone()))
 }
 
 impl Drop for Qcow2 {
@@ -122,24 +178,24 @@ impl Drop for Qcow2 {
 impl Backend for Qcow2 {
     fn geometry(&self) -> Geometry {
         let writable = !self.options.read_only;
-        let top: &Opened = &self.image.files[0];
         Geometry {
-            block_bytes: 4096,
-            logical_block_bytes: top.logical_block_bytes(),
+            block_bytes: BLOCK_BYTES,
+            logical_block_bytes: self.logical_block_bytes,
             read_only: self.options.read_only,
             flush: true,
-            discard: writable,
+            discard: writable && self.discard,
             write_zeroes: writable,
-            ..Geometry::new(self.image.bytes())
+            ..Geometry::new(self.bytes.load(Ordering::Relaxed))
         }
     }
 
     fn channel(&self, memory: &Arc<Memory>, depth: u16) -> Result<ChannelBuilder, BackendError> {
-        let _alone = self.alone.lock().unwrap_or_else(PoisonError::into_inner);
-        let (engine, image) = (self.options.engine, self.image.clone());
-        let (holds, owns) = Self::hold(&image, lock::WAIT)?;
-        let count = Jobs::count(depth);
-        let parts = self.wants_uring(&image).then(|| Uring::prepare(&holds, memory, count, &owns));
+        let mut state = self.state();
+        let holds = self.hold(&mut state, lock::WAIT)?;
+        let owns = state.chain.files().map(|file| file.open_for_thread()).collect::<Result<Vec<_>, _>>()?;
+        let (engine, image, count) = (self.options.engine, state.image.clone(), Jobs::count(depth));
+        let parts = wants_uring(&state.chain, self.options)
+            .then(|| Uring::prepare(&holds, memory, count, &owns));
         Ok(Box::new(move || -> Result<Box<dyn Channel>, BackendError> {
             if let Some(parts) = parts {
                 match parts.and_then(|parts| Uring::new(parts, &image.files, count)) {
@@ -155,18 +211,19 @@ impl Backend for Qcow2 {
     }
 
     fn channel_descriptors(&self) -> u32 {
-        // An open file of each, and what wakes the thread; a ring.
-        self.image.files.len() as u32 + 1 + u32::from(self.wants_uring(&self.image))
+        self.descriptors
     }
 
     fn resize(&self, bytes: Option<u64>) -> Result<Geometry, BackendError> {
         let Some(bytes) = bytes.map(|bytes| bytes & !511) else { return Ok(self.geometry()) };
-        let _alone = self.alone.lock().unwrap_or_else(PoisonError::into_inner);
-        if bytes != self.image.bytes() {
-            let what = format!("resizing to {bytes} bytes");
-            let mut control = self.control()?;
-            control.resize(bytes).map_err(|error| self.failed(&what, &error))?;
-            self.image.bytes.store(bytes, Ordering::Relaxed);
+        let mut state = self.state();
+        let mut control = self.control(&mut state)?;
+        if bytes != state.image.bytes() {
+            let resized = control.resize(bytes);
+            resized.map_err(|what| {
+                BackendError(format!("resizing {} to {bytes} bytes: {what} failed", self.path.display()))
+            })?;
+            self.bytes.store(bytes, Ordering::Relaxed);
         }
         Ok(self.geometry())
     }
@@ -180,9 +237,8 @@ impl Backend for Qcow2 {
     }
 
     fn flush(&self) -> Result<(), BackendError> {
-        for file in [0, self.image.data_file] {
-            self.image.files[usize::from(file)].flush()?;
-        }
-        Ok(())
+        let top = &self.state().chain.layers[0];
+        top.file.flush()?;
+        top.data_file.as_ref().map_or(Ok(()), |file| file.flush())
     }
 }
