@@ -99,7 +99,8 @@ fn work(disk: &Arc<Blk>, thread: u64, unit: u64, seed: u64) -> Model {
             OUT => rig.send(&[&header(OUT, at), &sectors_of(tag, sectors)], &[1]),
             FLUSH => rig.send(&[&header(FLUSH, 0)], &[1]),
             kind => {
-                rig.send(&[&header(kind, 0), &range(at, sectors as u32, request as u32 & 1 & kind)], &[1])
+                let unmap = if kind == WRITE_ZEROES { request as u32 & 1 } else { 0 };
+                rig.send(&[&header(kind, 0), &range(at, sectors as u32, unmap)], &[1])
             }
         };
         for sector in &mut model[at as usize..(at + sectors) as usize] {
