@@ -4,7 +4,7 @@
 use std::collections::VecDeque;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, channel};
+use std::sync::mpsc::{Receiver, Sender, channel};
 
 use qcow2::engine::{Command, Reply};
 use qcow2::readers::Reader;
@@ -13,6 +13,7 @@ use virtio::ring::{Chains, Token};
 use super::combine::{Bell, Message, Post, Seat, SeatId, Yield};
 use super::image::{Image, Layer};
 use super::jobs::{Jobs, Kind, Piece, Work};
+use super::packed::Unpacking;
 use crate::backend::{Channel, Done, Op, OpKind, Status};
 use crate::backends::file::transfer::{Carrier, Ended, Transfer};
 
@@ -41,8 +42,10 @@ pub(super) struct ImageChannel<C: Carrier> {
     pub(super) jobs: Jobs,
     /// Pieces that wait for a turn, or for room among the jobs.
     todo: VecDeque<Piece>,
+    pub(super) unpacking: Unpacking,
     pub(super) seat: SeatId,
     bell: Arc<Bell>,
+    sender: Sender<Post>,
     posts: Option<Receiver<Post>>,
     /// What engines want done, and answered.
     pub(super) out: Yield,
@@ -78,8 +81,10 @@ impl<C: Carrier> ImageChannel<C> {
             requests_in_flight: 0,
             jobs: Jobs::new(depth),
             todo: VecDeque::new(),
+            unpacking: Unpacking::default(),
             seat,
             bell,
+            sender,
             posts: Some(posts),
             out: Yield::default(),
             ended: Vec::new(),
@@ -141,6 +146,11 @@ impl<C: Carrier> ImageChannel<C> {
             }
             None => self.answer = Some(!failed),
         }
+    }
+
+    /// Where posts for this thread go.
+    pub(super) fn own_seat(&self) -> Seat {
+        Seat { posts: self.sender.clone(), bell: self.bell.clone() }
     }
 
     /// Asks the engine of a layer something for a job.
@@ -262,7 +272,12 @@ impl<C: Carrier> ImageChannel<C> {
     fn take_post(&mut self, post: Post, chains: &Chains) {
         let (ticket, reply) = match post {
             Post::Reply(ticket, reply) => (ticket, reply),
-            Post::Inflated(..) => return,
+            Post::Unpacked(ticket, cluster) => {
+                if let Some(job) = self.jobs.of_ticket(ticket) {
+                    self.unpacked(job, cluster, chains);
+                }
+                return;
+            }
         };
         let Some(job) = self.jobs.of_ticket(ticket) else { return };
         match self.jobs.work(job) {
@@ -308,7 +323,7 @@ impl<C: Carrier> ImageChannel<C> {
                 Work::Io { layer: of, io, .. } if of == layer => ios.push(io),
                 Work::CopyAsked(copy)
                 | Work::CopyReading(copy)
-                | Work::CopyFetching { copy, .. }
+                | Work::CopyFetching(copy, _)
                 | Work::CopyWriting(copy)
                     if layer == 0 =>
                 {

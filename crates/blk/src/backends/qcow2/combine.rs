@@ -53,8 +53,8 @@ pub(super) enum Message {
 pub(super) enum Post {
     /// Of an engine.
     Reply(Ticket, Reply),
-    /// Of a thread that decompresses, about the job with this tag.
-    Inflated(u32, Option<Vec<u8>>),
+    /// Of a thread that decompresses, for a job: a whole cluster, unless it is malformed.
+    Unpacked(Ticket, Option<Vec<u8>>),
 }
 
 /// What wakes a thread that sleeps.

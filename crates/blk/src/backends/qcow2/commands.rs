@@ -1,15 +1,14 @@
 //! An engine's commands, carried out by the thread that has let it run.
 
 use qcow2::engine::Command;
-use qcow2::entry::Compressed;
 use virtio::ring::Chains;
 
 use super::channel::ImageChannel;
 use super::combine::Message;
 use super::image::{Extent, Source};
-use super::jobs::{Copying, Work};
+use super::jobs::{Copying, Stream, Work};
 use crate::backend::OpKind;
-use crate::backends::file::transfer::{Carrier, Data, Transfer, scatter_data};
+use crate::backends::file::transfer::{Carrier, Data, Transfer};
 
 /// The most bytes that are copied at once.
 const COPY_BYTES_MAX: u64 = 256 << 10;
@@ -77,8 +76,9 @@ impl<C: Carrier> ImageChannel<C> {
                 self.start(job, own(file, OpKind::Read, offset, len), vec![0; len as usize], chains);
             }
             Source::Compressed { layer, at, within } => {
-                self.jobs.set(job, Work::CopyFetching { copy, layer, within });
-                self.fetch(job, layer, at, chains);
+                let stream = Stream { layer, at, within };
+                self.jobs.set(job, Work::CopyFetching(copy, stream));
+                self.fetch(job, stream, chains);
             }
             Source::Unknown { layer } => {
                 self.jobs.set(job, Work::CopyAsked(copy));
@@ -94,17 +94,10 @@ impl<C: Carrier> ImageChannel<C> {
         self.tell(0, Message::Completed { io: copy.io, ok, data: Vec::new() });
     }
 
-    fn write_copy(&mut self, job: usize, copy: Copying, data: Vec<u8>, chains: &Chains) {
+    pub(super) fn write_copy(&mut self, job: usize, copy: Copying, data: Vec<u8>, chains: &Chains) {
         self.jobs.set(job, Work::CopyWriting(copy));
         let transfer = own(self.image.data_file, OpKind::Write, copy.to, copy.chunk);
         self.start(job, transfer, data, chains);
-    }
-
-    /// Begins to read a compressed cluster.
-    pub(super) fn fetch(&mut self, job: usize, layer: u8, at: Compressed, chains: &Chains) {
-        let file = self.image.tables(layer).map_or(0, |tables| tables.file);
-        let transfer = own(file, OpKind::Read, at.offset, at.len);
-        self.start(job, transfer, vec![0; at.len as usize], chains);
     }
 
     /// A transfer is over that is not simply data of a request.
@@ -127,42 +120,18 @@ impl<C: Carrier> ImageChannel<C> {
                 self.tell(layer, Message::Completed { io, ok, data: own });
             }
             Work::CopyReading(copy) if ok => self.write_copy(job, copy, own, chains),
-            Work::CopyFetching { copy, layer, within } => match self.inflated(layer, &own).filter(|_| ok) {
-                Some(cluster) => {
-                    let chunk = cluster[within as usize..][..copy.chunk as usize].to_vec();
-                    self.write_copy(job, copy, chunk, chains);
-                }
-                None => self.copy_over(job, copy, false),
-            },
-            Work::CopyWriting(Copying { chunk, from, left, to, .. }) if ok => {
-                let copy = match work {
-                    Work::CopyWriting(copy) => copy,
-                    _ => return,
-                };
-                let next = Copying { from: from + chunk, left: left - chunk, to: to + chunk, ..copy };
-                self.copy_on(job, next, chains);
-            }
+            Work::CopyFetching(copy, _) if !ok => self.copy_over(job, copy, false),
+            Work::CopyFetching(_, stream) => self.unpack(job, stream, own),
+            Work::CopyWriting(copy) if ok => self.copy_on(job, copy.behind_chunk(), chains),
             Work::CopyReading(copy) | Work::CopyWriting(copy) => self.copy_over(job, copy, false),
-            Work::Fetching { piece, layer, within } => {
-                self.jobs.end(job);
-                let cluster = self.inflated(layer, &own).filter(|_| ok);
-                if let Some(cluster) = &cluster {
-                    let bytes = &cluster[within as usize..][..piece.len as usize];
-                    scatter_data(chains, piece.request, piece.from, bytes);
-                }
-                self.piece_over(piece.request, cluster.is_some());
-            }
+            Work::Fetching(piece, stream) if !ok => self.packed_over(job, piece, stream, None, chains),
+            Work::Fetching(_, stream) => self.unpack(job, stream, own),
             _ => {}
         }
-    }
-
-    /// A cluster of a layer from its compressed bytes.
-    fn inflated(&self, _layer: u8, _packed: &[u8]) -> Option<Vec<u8>> {
-        None
     }
 }
 
 /// A transfer of a buffer that comes with it, or of none.
-fn own(file: u8, kind: OpKind, offset: u64, len: u64) -> Transfer {
+pub(super) fn own(file: u8, kind: OpKind, offset: u64, len: u64) -> Transfer {
     Transfer { file, kind, durable: false, offset, len, data: Data::Own }
 }

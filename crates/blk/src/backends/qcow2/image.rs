@@ -12,6 +12,7 @@ use qcow2::readers::Readers;
 
 use super::chain::{Chain, Format};
 use super::combine::{Seats, Shared};
+use super::unpack::Unpackers;
 use crate::backends::file::{Kind, Opened};
 
 /// The most entries of an L1 table, now or after the disk has grown.
@@ -31,6 +32,7 @@ pub(super) struct Image {
     pub(super) bytes: Arc<AtomicU64>,
     /// The threads that work on it.
     pub(super) seats: Seats,
+    pub(super) unpackers: Unpackers,
 }
 
 /// A file that data are read from.
@@ -153,6 +155,7 @@ impl Image {
                 bytes
             },
             seats: Seats::default(),
+            unpackers: Unpackers::default(),
         }
     }
 
@@ -171,6 +174,11 @@ impl Image {
             unreachable!("an image is made of one that has tables");
         };
         tables
+    }
+
+    /// Size of a layer's clusters in bytes.
+    pub(super) fn cluster_bytes(&self, layer: u8) -> u64 {
+        self.tables(layer).map_or(0, |tables| tables.map.layout().cluster_bytes())
     }
 
     /// The image's units.

@@ -1,6 +1,7 @@
 //! What a thread has under way for an image: a table of jobs, whose numbers are those of their transfers.
 
 use qcow2::engine::{GrantId, IoId};
+use qcow2::entry::Compressed;
 
 use super::combine::SeatId;
 
@@ -66,6 +67,22 @@ pub(super) struct Copying {
     pub(super) chunk: u64,
 }
 
+impl Copying {
+    /// What is left when the chunk has arrived.
+    pub(super) fn behind_chunk(self) -> Self {
+        let Self { from, left, to, chunk, .. } = self;
+        Self { from: from + chunk, left: left - chunk, to: to + chunk, ..self }
+    }
+}
+
+/// A compressed cluster, of which what is behind the first `within` bytes is wanted.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Stream {
+    pub(super) layer: u8,
+    pub(super) at: Compressed,
+    pub(super) within: u64,
+}
+
 /// What a job is.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Work {
@@ -74,12 +91,8 @@ pub(super) enum Work {
     Asked(Piece),
     /// Data on their way.
     Moving(Piece, Option<GrantId>),
-    /// Compressed data on their way, of which the piece wants what is behind the first `within` bytes.
-    Fetching {
-        piece: Piece,
-        layer: u8,
-        within: u64,
-    },
+    /// Compressed data on their way, and then to be made whole.
+    Fetching(Piece, Stream),
     /// The transfer of a command. Another file is synced after it.
     Io {
         layer: u8,
@@ -91,11 +104,7 @@ pub(super) enum Work {
     /// … data come …
     CopyReading(Copying),
     /// … compressed ones come …
-    CopyFetching {
-        copy: Copying,
-        layer: u8,
-        within: u64,
-    },
+    CopyFetching(Copying, Stream),
     /// … and go.
     CopyWriting(Copying),
     /// A step of a change that a control thread wants.

@@ -3,6 +3,7 @@
 //! * `open` opens an image and all that it stands on, the `chain`; `image` is what threads share of it, and finds bytes.
 //! * `channel` is a queue's way to it, `pieces` what becomes of its requests, `jobs` what is under way.
 //! * `combine` lets many threads have one engine, `commands` does what it wants done.
+//! * `packed` reads compressed clusters, which `unpack` makes whole on threads of its own.
 //! * `control` is for control threads: resizing, and leaving an image in order.
 
 mod chain;
@@ -13,7 +14,9 @@ mod control;
 mod image;
 mod jobs;
 mod open;
+mod packed;
 mod pieces;
+mod unpack;
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};

@@ -7,7 +7,7 @@ use virtio::ring::Chains;
 use super::channel::{ImageChannel, TURN_BYTES_MAX};
 use super::combine::Message;
 use super::image::{Extent, Source};
-use super::jobs::{Kind, Piece, Work};
+use super::jobs::{Kind, Piece, Stream, Work};
 use crate::backend::{OpKind, Status};
 use crate::backends::file::transfer::{Carrier, Data, Transfer, fill_with_zeros};
 
@@ -82,10 +82,7 @@ impl<C: Carrier> ImageChannel<C> {
                 return Some(len);
             }
             Source::Compressed { layer, at, within } => {
-                let piece = piece.first(len);
-                let job = self.jobs.begin(Work::Fetching { piece, layer, within });
-                self.add_piece(piece.request);
-                self.fetch(job, layer, at, chains);
+                self.read_packed(piece.first(len), Stream { layer, at, within }, chains);
             }
             Source::Unknown { layer } => {
                 let offset = piece.offset;
