@@ -6,6 +6,7 @@
 
 mod chain;
 mod channel;
+pub mod check;
 mod open;
 mod threads;
 
