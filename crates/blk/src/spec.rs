@@ -327,9 +327,10 @@ impl fmt::Display for Spec {
             Self::Qcow2 { path, options } => {
                 let default = Qcow2Options::default();
                 write!(f, "qcow2:{}", escaped(path))?;
-                for (name, on, default) in
-                    [("direct", options.direct, default.direct), ("backing", options.backing, default.backing)]
-                {
+                for (name, on, default) in [
+                    ("direct", options.direct, default.direct),
+                    ("backing", options.backing, default.backing),
+                ] {
                     if on != default {
                         write!(f, ",{name}={}", on_off(on))?;
                     }

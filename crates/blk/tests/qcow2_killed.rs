@@ -12,7 +12,6 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 
-use blk::Backend;
 use blk::backends::file::Engine;
 use blk::backends::qcow2::{Qcow2, Qcow2Options};
 use fake::{DISCARD, FLUSH, OK, OUT, Rig, Ring, Sent, WRITE_ZEROES, format_as, header, range};

@@ -16,6 +16,7 @@ pub mod entry;
 pub mod error;
 pub mod header;
 pub mod image;
+pub mod inflate;
 pub mod layout;
 pub mod map;
 pub mod prepare;

@@ -70,7 +70,7 @@ impl Lane {
 impl Opened {
     /// An open file of a queue's own, through the page cache, on what is open already. Where it cannot be had, queues
     /// share one.
-    pub(super) fn open_again(&self) -> Result<OwnedFd, Errno> {
+    pub(crate) fn open_again(&self) -> Result<OwnedFd, Errno> {
         let access = if self.options.read_only { OFlags::RDONLY } else { OFlags::RDWR };
         let path = format!("/proc/self/fd/{}", self.buffered.as_raw_fd());
         openat(CWD, path, access | OFlags::CLOEXEC, Mode::empty()).or_else(|error| {

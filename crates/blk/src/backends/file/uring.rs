@@ -81,7 +81,10 @@ impl Flight {
 }
 
 /// Blocks that transfers in flight have, by slot; empty where none are needed. Given back when it is dropped, at the latest.
-struct Claims(Box<[Option<(Arc<Opened>, Claim)>]>);
+struct Claims(Box<[Option<Claimed>]>);
+
+/// Blocks of a file.
+type Claimed = (Arc<Opened>, Claim);
 
 impl Claims {
     #[inline(always)]

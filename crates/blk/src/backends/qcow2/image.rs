@@ -36,6 +36,7 @@ pub(super) struct Image {
 }
 
 /// A file that data are read from.
+#[allow(clippy::large_enum_variant, reason = "there are few, and every request goes through one")]
 pub(super) enum Layer {
     /// As they are.
     Raw {

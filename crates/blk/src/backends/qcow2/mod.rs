@@ -8,6 +8,7 @@
 
 mod chain;
 mod channel;
+pub mod check;
 mod combine;
 mod commands;
 mod control;
@@ -79,6 +80,9 @@ pub struct Qcow2 {
 struct State {
     chain: Chain,
     image: Arc<Image>,
+    /// From the first queue on until the image was left in order after the last, where other services have it open too:
+    /// nobody else has written it since.
+    holds: Vec<Arc<Hold>>,
 }
 
 impl State {
@@ -112,7 +116,7 @@ impl Qcow2 {
             path: path.to_owned(),
             options,
             bytes,
-            state: Mutex::new(State { chain, image }),
+            state: Mutex::new(State { chain, image, holds: Vec::new() }),
             discard,
             logical_block_bytes,
             // Open files, what wakes the thread, and a ring.
@@ -127,7 +131,7 @@ impl Qcow2 {
     /// Holds all files for a thread. Where another service may have written the image before that, it is read again.
     fn hold(&self, state: &mut State, wait: Duration) -> Result<Vec<Arc<Hold>>, BackendError> {
         let holds = state.chain.hold(wait)?.into_iter().map(Arc::new).collect();
-        if self.options.lock == Lock::Late && state.is_unused() {
+        if self.options.lock == Lock::Late && state.holds.is_empty() {
             open::prepare(&mut state.chain, self.options)?;
             state.image = build(&mut state.chain, self.options, &self.bytes);
         }
@@ -137,11 +141,17 @@ impl Qcow2 {
     /// Gives back what is reserved in the image, if no queue runs. What is not given back is leaked.
     fn leave_in_order(&self) -> Result<(), BackendError> {
         let mut state = self.state();
-        if self.options.read_only || !state.is_unused() || state.image.seats.never_taken() {
+        if !state.is_unused() {
             return Ok(());
         }
-        self.control(&mut state)?.leave_in_order();
-        Ok(())
+        let ours = self.options.lock != Lock::Late || !state.holds.is_empty();
+        let changed = !self.options.read_only && !state.image.seats.never_taken();
+        let left = match ours && changed {
+            true => self.control(&mut state).map(|mut control| control.leave_in_order()),
+            false => Ok(()),
+        };
+        state.holds.clear();
+        left
     }
 
     fn control(&self, state: &mut State) -> Result<Control, BackendError> {
@@ -195,10 +205,13 @@ impl Backend for Qcow2 {
     fn channel(&self, memory: &Arc<Memory>, depth: u16) -> Result<ChannelBuilder, BackendError> {
         let mut state = self.state();
         let holds = self.hold(&mut state, lock::WAIT)?;
+        if self.options.lock == Lock::Late && state.holds.is_empty() {
+            state.holds.clone_from(&holds);
+        }
         let owns = state.chain.files().map(|file| file.open_for_thread()).collect::<Result<Vec<_>, _>>()?;
         let (engine, image, count) = (self.options.engine, state.image.clone(), Jobs::count(depth));
-        let parts = wants_uring(&state.chain, self.options)
-            .then(|| Uring::prepare(&holds, memory, count, &owns));
+        let parts =
+            wants_uring(&state.chain, self.options).then(|| Uring::prepare(&holds, memory, count, &owns));
         Ok(Box::new(move || -> Result<Box<dyn Channel>, BackendError> {
             if let Some(parts) = parts {
                 match parts.and_then(|parts| Uring::new(parts, &image.files, count)) {
@@ -232,11 +245,8 @@ impl Backend for Qcow2 {
     }
 
     fn settle(&self) -> Result<(), BackendError> {
-        if self.options.read_only {
-            return Ok(());
-        }
         self.leave_in_order()?;
-        self.flush()
+        if self.options.read_only { Ok(()) } else { self.flush() }
     }
 
     fn flush(&self) -> Result<(), BackendError> {

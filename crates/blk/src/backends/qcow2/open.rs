@@ -254,3 +254,6 @@ impl Opening {
 fn failed(path: &Path, error: &dyn Display) -> BackendError {
     BackendError(format!("opening qcow2 image {}: {error}", path.display()))
 }
+
+#[cfg(test)]
+mod tests;
