@@ -84,19 +84,12 @@ pub(crate) enum RangeKind {
 /// Reads the header of `chain` and checks all that it says.
 #[inline(always)]
 pub(crate) fn parse(chain: &Chain<'_>, disk: &Disk) -> Request {
-    let header = match chain.readable {
-        [first, ..] if first.len() >= HEADER_BYTES => {
-            let mut header = [0; HEADER_BYTES];
-            first.read(0, &mut header);
-            header
-        }
-        segments => match scattered_header(segments) {
-            Some(header) => header,
-            None => return Request::Over(Status::IoError),
-        },
+    let header = chain.readable.first().and_then(|first| first.words(0));
+    let Some([kind, sector]) = header.or_else(|| scattered_header(chain.readable)) else {
+        return Request::Over(Status::IoError);
     };
-    let kind = u32::from_le_bytes([header[0], header[1], header[2], header[3]]);
-    let sector = u64::from_le_bytes([8, 9, 10, 11, 12, 13, 14, 15].map(|i| header[i]));
+    // The second half of the first word is the priority, which means nothing here.
+    let kind = kind as u32;
     match kind {
         // Without a status byte the subtraction makes the length too large, and the request is refused.
         kind::IN => transfer(OpKind::Read, sector, total_len(chain.writable).wrapping_sub(1), disk),
@@ -122,9 +115,12 @@ fn transfer(kind: OpKind, sector: u64, len: u64, disk: &Disk) -> Request {
 }
 
 #[cold]
-fn scattered_header(segments: &[Segment]) -> Option<[u8; HEADER_BYTES]> {
+fn scattered_header(segments: &[Segment]) -> Option<[u64; 2]> {
     let mut header = [0; HEADER_BYTES];
-    (gather(segments, 0, &mut header) == HEADER_BYTES).then_some(header)
+    let word = |at: usize, header: &[u8; HEADER_BYTES]| {
+        u64::from_le_bytes([0, 1, 2, 3, 4, 5, 6, 7].map(|i| header[at + i]))
+    };
+    (gather(segments, 0, &mut header) == HEADER_BYTES).then(|| [word(0, &header), word(8, &header)])
 }
 
 #[cold]

@@ -177,7 +177,7 @@ impl Worker {
             match request::parse(&chain, &disk) {
                 Request::Op { kind, range: Range { offset, len } } => {
                     bytes += len;
-                    let durable = durable_writes && kind == OpKind::Write;
+                    let mut durable = false;
                     match kind {
                         OpKind::Read => {
                             turn.reads += 1;
@@ -186,6 +186,7 @@ impl Worker {
                         OpKind::Write => {
                             turn.writes += 1;
                             turn.written_bytes += len;
+                            durable = durable_writes;
                             if write_through && !durable {
                                 follow_ups.add_flush(&token);
                             } else if may_change && !write_through {
@@ -274,10 +275,12 @@ impl Worker {
             return 0;
         }
         let Self { queue, done, used, turn, follow_ups, .. } = self;
-        let any_owe = follow_ups.any();
-        used.extend(done.drain(..).map(|Done { token, status }| {
+        if follow_ups.any() {
             // The next request in its slot would have to do the rest of this one.
-            assert!(!any_owe || !follow_ups.owes(&token), "a request with work left is not answered");
+            let owes = done.iter().any(|done| follow_ups.owes(&done.token));
+            assert!(!owes, "a request with work left is not answered");
+        }
+        used.extend(done.drain(..).map(|Done { token, status }| {
             let writable = queue.chain(&token).writable;
             // All of it counts as written, since the status byte is the last.
             let written = u32::try_from(total_len(writable)).unwrap_or(u32::MAX);

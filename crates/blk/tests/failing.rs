@@ -3,9 +3,9 @@
 
 mod fake;
 mod fuse;
+mod lines;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use blk::backends::file::{Direct, Engine, File, FileOptions};
@@ -13,9 +13,7 @@ use blk::config::WRITEBACK_OFFSET;
 use blk::{Blk, Options};
 use fake::{FLUSH, IO_ERROR, OK, OUT, Rig, Ring, header, pattern};
 use fuse::Failing;
-use tracing::field::{Field, Visit};
-use tracing::span::{Attributes, Id, Record};
-use tracing::{Event, Metadata, Subscriber};
+use lines::Lines;
 use virtio::Device;
 
 const BLOCK: usize = 4096;
@@ -91,39 +89,6 @@ fn a_write_through_to_a_failing_block_always_fails() {
     });
 }
 
-/// Counts the lines that say that a flush failed.
-struct Lines(Arc<AtomicUsize>);
-
-impl Subscriber for Lines {
-    fn enabled(&self, _: &Metadata<'_>) -> bool {
-        true
-    }
-
-    fn new_span(&self, _: &Attributes<'_>) -> Id {
-        Id::from_u64(1)
-    }
-
-    fn record(&self, _: &Id, _: &Record<'_>) {}
-
-    fn record_follows_from(&self, _: &Id, _: &Id) {}
-
-    fn event(&self, event: &Event<'_>) {
-        struct Text(bool);
-        impl Visit for Text {
-            fn record_debug(&mut self, _: &Field, value: &dyn std::fmt::Debug) {
-                self.0 |= format!("{value:?}").starts_with("flush failed");
-            }
-        }
-        let mut text = Text(false);
-        event.record(&mut text);
-        self.0.fetch_add(text.0.into(), Ordering::Relaxed);
-    }
-
-    fn enter(&self, _: &Id) {}
-
-    fn exit(&self, _: &Id) {}
-}
-
 #[test]
 fn once_a_flush_has_failed_all_do_until_the_disk_is_opened_anew() {
     let each_fault = |fault: fn(&Failing), through_cache_only: bool| {
@@ -131,10 +96,10 @@ fn once_a_flush_has_failed_all_do_until_the_disk_is_opened_anew() {
             if through_cache_only && options.direct != Direct::Off {
                 return;
             }
-            let lines = Arc::new(AtomicUsize::new(0));
+            let lines = Lines::that_start_with("flush failed");
             let (_, mut rigs) = open(storage, options, queues);
             fault(storage);
-            tracing::subscriber::with_default(Lines(lines.clone()), || {
+            tracing::subscriber::with_default(lines.clone(), || {
                 rigs[0].write(sector(BAD), &pattern(BLOCK, 7));
                 assert_eq!(rigs[0].status(FLUSH, 0, &[], 0), IO_ERROR, "{context}");
                 storage.fail_writes(0..0);
@@ -145,7 +110,7 @@ fn once_a_flush_has_failed_all_do_until_the_disk_is_opened_anew() {
                     }
                 }
             });
-            assert_eq!(lines.load(Ordering::Relaxed), 1, "{context}: lines in the log");
+            assert_eq!(lines.count(), 1, "{context}: lines in the log");
             drop(rigs);
             let (_, mut rigs) = open(storage, options, queues);
             assert_eq!(rigs[0].status(FLUSH, 0, &[], 0), OK, "{context}");

@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, reason = "tests")]
 
 mod fake;
+mod lines;
 
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
@@ -10,6 +11,7 @@ use std::sync::Arc;
 use blk::backends::file::{Direct, Engine, File, FileOptions};
 use blk::{Backend, Blk, Options, ResizeError};
 use fake::{FLUSH, IN, IO_ERROR, OK, OUT, Rig, Ring, WRITE_ZEROES, header, pattern, range};
+use lines::Lines;
 use virtio::Device;
 
 struct Scratch(PathBuf);
@@ -185,12 +187,16 @@ fn zeroing_beyond_the_end_of_a_file_that_was_cut_off_fails() {
         let file = Scratch::on_disk(&format!("zeroed-{context}"), 1 << 20);
         let mut rig = Rig::new(Arc::new(File::open(&file.0, options).unwrap()), Ring::SPLIT);
         std::fs::File::options().write(true).open(&file.0).unwrap().set_len(64 << 10).unwrap();
-        for (sector, sectors, expected) in [(0, 128, OK), (256, 8, IO_ERROR), (120, 16, IO_ERROR)] {
-            for unmap in [0, 1] {
-                let zeroed = range(sector, sectors, unmap);
-                assert_eq!(rig.status(WRITE_ZEROES, 0, &zeroed, 0), expected, "{context}, {sector}");
+        let lines = Lines::that_start_with("the file was cut off");
+        tracing::subscriber::with_default(lines.clone(), || {
+            for (sector, sectors, expected) in [(0, 128, OK), (256, 8, IO_ERROR), (120, 16, IO_ERROR)] {
+                for unmap in [0, 1] {
+                    let zeroed = range(sector, sectors, unmap);
+                    assert_eq!(rig.status(WRITE_ZEROES, 0, &zeroed, 0), expected, "{context}, {sector}");
+                }
             }
-        }
+        });
+        assert_eq!(lines.count(), 1, "{context}: lines in the log");
         assert_eq!(std::fs::metadata(&file.0).unwrap().len(), 64 << 10, "{context}");
     });
 }

@@ -165,7 +165,7 @@ fn qemu_is_kept_out_until_the_kernel_is_done_with_an_image() {
     let test = "qemu_is_kept_out_until_the_kernel_is_done_with_an_image";
     for _ in 0..ROUNDS {
         let remains = Remains::of(test, &image.0, false);
-        let deadline = Instant::now() + Duration::from_secs(60);
+        let deadline = Instant::now() + Duration::from_secs(180);
         remains.watch(|| {
             while !qemu_io(&image.0).unwrap().status.success() {
                 assert!(Instant::now() < deadline, "nobody uses it any more");

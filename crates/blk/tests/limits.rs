@@ -15,7 +15,7 @@ use virtio::QueueSet;
 use virtio::fake::{FakeDriver, FakeOptions};
 
 /// Far below the pause, and far above what anything takes.
-const DEADLINE: Duration = Duration::from_secs(60);
+const DEADLINE: Duration = Duration::from_secs(120);
 
 fn bytes_per_s(rate: u64) -> RateLimit {
     RateLimit { iops: None, bytes_per_s: NonZeroU64::new(rate), burst_ms: 1 }

@@ -210,7 +210,7 @@ impl FakeDriver {
     pub fn run(&mut self, poller: &mut dyn Poller, count: usize) -> Vec<Completion> {
         let mut done = Vec::new();
         let mut now = Ticks(1);
-        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(20);
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(120);
         while done.len() < count {
             poller.poll(now, Budget { requests: 32, bytes: 1 << 20 });
             now = now.plus_ns(1000);

@@ -246,10 +246,7 @@ impl Queue {
         } else if self.broken {
             return;
         } else {
-            let from = self.ring.state();
-            let result = self.ring.pop(max, &mut self.chains, out);
-            record.take(&self.ring, from, &out[before..], &self.chains);
-            result
+            record.pop(&mut self.ring, max, &mut self.chains, out)
         };
         self.taken(&out[before..], result);
     }
@@ -281,12 +278,7 @@ impl Queue {
         if self.in_order.is_some() || self.log.is_some() {
             return self.complete_with_care(burst);
         }
-        match &mut self.inflight {
-            None => self.ring.push_used(&mut self.chains, burst),
-            Some(record) => {
-                self.ring.push_used(&mut self.chains, burst.inspect(|used| record.put(&used.token)));
-            }
-        }
+        self.ring.push_used(&mut self.chains, burst);
     }
 
     /// Completion with one of the rarer duties.
@@ -303,9 +295,6 @@ impl Queue {
                         log.mark_segment(self.chains.memory(), segment);
                     }
                 }
-                if let Some(record) = &mut self.inflight {
-                    record.put(&used.token);
-                }
                 let at = self.ring.state().used;
                 self.ring.push_used(&mut self.chains, std::iter::once(used));
                 if let Some(log) = &mut self.ring_log {
@@ -319,14 +308,12 @@ impl Queue {
     /// Shows the driver what was completed, and calls it if it waits for that. Does nothing if nothing is new.
     #[inline(always)]
     pub fn publish(&mut self) {
-        if let Some(record) = &mut self.inflight {
-            record.publishing(self.ring.state());
-        }
-        if !self.ring.publish() {
+        let published = match &mut self.inflight {
+            None => self.ring.publish(),
+            Some(record) => record.publish(&mut self.ring, &self.chains),
+        };
+        if !published {
             return;
-        }
-        if let Some(record) = &mut self.inflight {
-            record.published(self.ring.state());
         }
         if let Some(log) = &mut self.ring_log {
             log.published();

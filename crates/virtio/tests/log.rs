@@ -104,7 +104,7 @@ fn a_ring_that_breaks_again_and_again_is_mentioned_a_few_times_a_second() {
     for _ in 0..TIMES {
         queues.start(driver.queue_config()).unwrap();
         while queues.error(0).is_none() {
-            assert!(began.elapsed() < Duration::from_secs(60), "the ring does not break");
+            assert!(began.elapsed() < Duration::from_secs(120), "the ring does not break");
             std::thread::yield_now();
         }
         queues.stop(0);

@@ -29,7 +29,7 @@ impl Console {
     /// Waits until there are `bytes` bytes.
     fn wait_for(&self, bytes: usize) {
         let (text, changed) = &*self.0;
-        let deadline = Duration::from_secs(60);
+        let deadline = Duration::from_secs(120);
         let (text, late) =
             changed.wait_timeout_while(text.lock().unwrap(), deadline, |text| text.len() < bytes).unwrap();
         assert!(!late.timed_out(), "only {} bytes were printed", text.len());
@@ -209,7 +209,7 @@ fn a_machine_can_be_paused_while_it_starts() {
                 let running = scope.spawn(|| machine.run());
                 let stopped = &machine;
                 let watch = scope.spawn(move || {
-                    let late = rested.recv_timeout(Duration::from_secs(60)).is_err();
+                    let late = rested.recv_timeout(Duration::from_secs(120)).is_err();
                     stopped.stop();
                     late
                 });

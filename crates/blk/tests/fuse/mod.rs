@@ -53,8 +53,16 @@ struct Store {
     bad: Mutex<Range<u64>>,
     fsync_fails: AtomicBool,
     fsyncs: AtomicU64,
-    /// Requests to write that wait, if they are to.
-    held: Mutex<Option<Vec<Vec<u8>>>>,
+    held: Mutex<Held>,
+}
+
+/// Requests that wait.
+#[derive(Debug, Default)]
+struct Held {
+    /// Which are to wait, and how many more of them.
+    opcode: u32,
+    left: usize,
+    requests: Vec<Vec<u8>>,
 }
 
 /// The file system.
@@ -73,7 +81,7 @@ impl Failing {
             bad: Mutex::new(0..0),
             fsync_fails: AtomicBool::new(false),
             fsyncs: AtomicU64::new(0),
-            held: Mutex::new(None),
+            held: Mutex::default(),
         });
         match mount(&store) {
             Ok((device, mount)) => Some(Self { store, device, mount }),
@@ -94,21 +102,31 @@ impl Failing {
         PathBuf::from(format!("/proc/{}/fd/{}/disk", std::process::id(), self.mount.as_raw_fd()))
     }
 
-    /// Does no write until [`Failing::release_writes`]. What reads find is what was there before.
+    /// Does no write until [`Failing::release`]. What reads find is what was there before.
     pub fn hold_writes(&self) {
-        *self.store.held.lock().unwrap() = Some(Vec::new());
+        self.hold(opcode::WRITE, usize::MAX);
     }
 
-    /// How many writes wait.
-    pub fn held_writes(&self) -> usize {
-        self.store.held.lock().unwrap().as_ref().map_or(0, Vec::len)
+    /// Lets the next process that closes the file wait until [`Failing::release`].
+    pub fn hold_one_close(&self) {
+        self.hold(opcode::FLUSH, 1);
     }
 
-    /// Does the writes that waited.
-    pub fn release_writes(&self) {
-        let held = self.store.held.lock().unwrap().take();
-        for request in held.into_iter().flatten() {
-            rustix::io::write(&self.device, &answer(&request, &self.store).unwrap()).unwrap();
+    fn hold(&self, opcode: u32, left: usize) {
+        *self.store.held.lock().unwrap() = Held { opcode, left, requests: Vec::new() };
+    }
+
+    /// How many requests wait.
+    pub fn held(&self) -> usize {
+        self.store.held.lock().unwrap().requests.len()
+    }
+
+    /// Does what waited.
+    pub fn release(&self) {
+        let held = std::mem::take(&mut *self.store.held.lock().unwrap());
+        for request in held.requests {
+            // Whoever asked may have been interrupted.
+            let _ = rustix::io::write(&self.device, &answer(&request, &self.store).unwrap());
         }
     }
 
@@ -130,6 +148,24 @@ impl Failing {
     /// Whether the storage, which knows nothing of the page cache, has `data` at `offset`.
     pub fn has(&self, offset: usize, data: &[u8]) -> bool {
         self.store.bytes.lock().unwrap().get(offset..offset + data.len()) == Some(data)
+    }
+}
+
+impl Held {
+    /// Whether a request waits, which it begins to do then.
+    fn takes(&mut self, request: &[u8]) -> bool {
+        let waits = self.left > 0 && u32_at(request, 4) == self.opcode;
+        if waits {
+            self.left -= 1;
+            self.requests.push(request.to_vec());
+        }
+        waits
+    }
+}
+
+impl Drop for Failing {
+    fn drop(&mut self) {
+        self.release();
     }
 }
 
@@ -174,10 +210,7 @@ fn serve(device: &File, store: &Store) {
     loop {
         match rustix::io::read(device, &mut request) {
             Ok(len) => {
-                if u32_at(&request, 4) == opcode::WRITE
-                    && let Some(held) = &mut *store.held.lock().unwrap()
-                {
-                    held.push(request[..len].to_vec());
+                if store.held.lock().unwrap().takes(&request[..len]) {
                     continue;
                 }
                 if let Some(reply) = answer(&request[..len], store) {

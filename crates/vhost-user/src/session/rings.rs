@@ -282,3 +282,87 @@ impl Session {
         lock(&self.queues)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+    use std::sync::mpsc::channel;
+    use std::time::{Duration, Instant};
+
+    use reactor::{Mode, Pool};
+    use rustix::event::{EventfdFlags, eventfd};
+    use virtio::{Device, NotReady, PollerBuilder, Queue};
+
+    use super::*;
+    use crate::bell::Bell;
+    use crate::peer_log::PeerLog;
+    use crate::session::SessionOptions;
+
+    /// A device that never gets to do anything.
+    struct Idle;
+
+    impl Device for Idle {
+        fn device_id(&self) -> u32 {
+            63
+        }
+
+        fn features(&self) -> u64 {
+            0
+        }
+
+        fn config(&self) -> Vec<u8> {
+            Vec::new()
+        }
+
+        fn queues(&self) -> u16 {
+            1
+        }
+
+        fn start_queue(&self, _: Queue) -> Result<PollerBuilder, NotReady> {
+            Err(NotReady("it is idle".to_owned()))
+        }
+    }
+
+    /// Whether a thread of this process waits for `lock`.
+    fn waits_for<T>(thread: rustix::thread::Pid, lock: &Arc<Mutex<T>>) -> bool {
+        let call = std::fs::read_to_string(format!("/proc/self/task/{thread}/syscall")).unwrap();
+        let start = Arc::as_ptr(lock).addr();
+        let mut arguments = call.split_whitespace().skip(1).map_while(|word| word.strip_prefix("0x"));
+        let first = arguments.next().and_then(|word| usize::from_str_radix(word, 16).ok());
+        first.is_some_and(|address| (start..start + size_of::<Mutex<T>>()).contains(&address))
+    }
+
+    /// A driver that hears of it earlier can find nothing, go to sleep again, and miss what the old one is told then.
+    #[test]
+    fn a_new_call_descriptor_is_signalled_after_the_switch_to_it() {
+        let pool = Arc::new(Pool::start(reactor::Options::default()).unwrap());
+        let queues = Arc::new(Mutex::new(QueueSet::new(Arc::new(Idle), pool, Mode::Notify, "idle")));
+        let new = eventfd(0, EventfdFlags::NONBLOCK).unwrap();
+        let signals = || rustix::io::read(&new, &mut [0; 8]).is_ok();
+        let (tell, told) = channel();
+        let (allow, allowed) = channel();
+        std::thread::scope(|scope| {
+            let (shared, fd) = (queues.clone(), new.try_clone().unwrap());
+            scope.spawn(move || {
+                let bell = Arc::new(Bell::new().unwrap());
+                let log = Arc::new(PeerLog::new());
+                let mut session = Session::new(shared, SessionOptions::default(), bell, log, Arc::default());
+                tell.send(rustix::thread::gettid()).unwrap();
+                allowed.recv().unwrap();
+                session.set_vring_call(0, Some(fd)).unwrap();
+            });
+            let thread = told.recv().unwrap();
+            // The switch cannot be made.
+            let held = lock(&queues);
+            allow.send(()).unwrap();
+            let deadline = Instant::now() + Duration::from_secs(120);
+            while !waits_for(thread, &queues) {
+                assert!(Instant::now() < deadline, "it does not come to the switch");
+                std::thread::yield_now();
+            }
+            assert!(!signals(), "before the switch");
+            drop(held);
+        });
+        assert!(signals(), "an interrupt may have been missed");
+    }
+}

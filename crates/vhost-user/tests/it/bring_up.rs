@@ -5,9 +5,10 @@ use std::sync::atomic::Ordering;
 use vhost::VhostBackend;
 use vhost::vhost_user::VhostUserFrontend;
 use virtio::RingFormat;
+use vmm_sys_util::eventfd::EventFd;
 
 use crate::guest::Driver;
-use crate::host::{Host, Vm, eventually};
+use crate::host::{Host, Vm, eventually, wait_readable};
 
 #[test]
 fn split_rings_carry_data() {
@@ -55,6 +56,76 @@ fn a_ring_goes_on_where_it_was_stopped() {
         for i in 0..100u32 {
             vm.echo(0, &i.to_le_bytes());
         }
+    }
+}
+
+/// What a panic has lost is never answered. That concerns the queue, and ends with the ring.
+#[test]
+fn a_device_whose_code_panicked_serves_whoever_begins_anew() {
+    let connect_anew = |host: &Host, vm: Vm| {
+        drop(vm);
+        eventually("the session ends", || host.handle.status().peer.is_none());
+        Vm::new(host, RingFormat::Split, 2)
+    };
+    let begin_anew = |mut vm: Vm| {
+        vm.lines.clear();
+        for index in 0..2 {
+            let driver = Driver::new(&mut vm.guest, RingFormat::Split, 64, true);
+            vm.add(index, driver, 0);
+        }
+        vm
+    };
+    for way in ["connection", "reset", "rings"] {
+        let mut host = Host::new(2);
+        let mut vm = Vm::new(&host, RingFormat::Split, 2);
+        (0..2).for_each(|index| vm.echo(index, b"before"));
+        host.device.switches.panic.store(true, Ordering::SeqCst);
+        vm.offer(0, b"fatal");
+        eventually("the queue fails", || host.handle.status().queues[0].failed);
+        vm.echo(1, b"the other one is served");
+        let mut vm = match way {
+            "connection" => connect_anew(&host, vm),
+            "reset" => {
+                vm.frontend.reset_device().unwrap();
+                begin_anew(vm)
+            }
+            _ => {
+                (0..2).for_each(|index| assert!(vm.frontend.get_vring_base(index).is_ok()));
+                begin_anew(vm)
+            }
+        };
+        for i in 0..100u32 {
+            (0..2).for_each(|index| vm.echo(index, &i.to_le_bytes()));
+        }
+        assert!(!host.handle.status().queues[0].failed, "{way}");
+        drop(vm);
+        host.stop();
+    }
+}
+
+#[test]
+fn a_new_call_descriptor_gets_what_is_due_from_then_on_and_the_old_one_nothing() {
+    for format in [RingFormat::Split, RingFormat::Packed] {
+        let host = Host::new(1);
+        let mut vm = Vm::new(&host, format, 1);
+        vm.echo(0, b"before");
+        let _ = vm.lines[0].call.read();
+        host.device.switches.hold.store(true, Ordering::SeqCst);
+        let taken = host.device.switches.taken.load(Ordering::SeqCst);
+        let at = vm.offer(0, b"under way");
+        eventually("it is taken", || host.device.switches.taken.load(Ordering::SeqCst) > taken);
+        let new = EventFd::new(vmm_sys_util::eventfd::EFD_NONBLOCK).unwrap();
+        vm.frontend.set_vring_call(0, &new).unwrap();
+        assert_eq!(new.read().unwrap(), 1, "a call may have been missed");
+        let line = &mut vm.lines[0];
+        assert!(!line.driver.ring.arm_calls(), "no answer yet");
+        host.device.switches.hold.store(false, Ordering::SeqCst);
+        line.kick.write(1).unwrap();
+        wait_readable(&new);
+        assert_eq!(new.read().unwrap(), 1);
+        assert!(line.driver.ring.reap().unwrap().is_some());
+        assert_eq!(vm.guest.read(at, 9), b"under way");
+        assert!(new.read().is_err() && vm.lines[0].call.read().is_err(), "nothing else was due");
     }
 }
 

@@ -72,14 +72,14 @@ fn refuses(raw: &mut Raw, request: FrontendReq, fd: BorrowedFd<'_>) {
     assert_eq!(raw.reply_u64(), Some(1), "{request:?}");
 }
 
-/// A connection whose last close waits for its peer, which never reads, for 20 seconds.
+/// A connection whose last close waits for its peer, which never reads: longer than any test waits.
 fn lingering() -> (OwnedFd, TcpListener, TcpStream) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let mut ours = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
     let (theirs, _) = listener.accept().unwrap();
     ours.set_nonblocking(true).unwrap();
     while ours.write(&[0; 1 << 16]).is_ok() {}
-    rustix::net::sockopt::set_socket_linger(&ours, Some(Duration::from_secs(20))).unwrap();
+    rustix::net::sockopt::set_socket_linger(&ours, Some(Duration::from_secs(3600))).unwrap();
     (ours.into(), listener, theirs)
 }
 

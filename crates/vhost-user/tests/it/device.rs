@@ -20,6 +20,8 @@ pub(crate) struct Switches {
     pub(crate) hold: AtomicBool,
     /// When drained, leave what was kept in flight, as if the process had died.
     pub(crate) lose: AtomicBool,
+    /// Panic over the next requests that are taken, and lose them.
+    pub(crate) panic: AtomicBool,
     /// Requests taken so far.
     pub(crate) taken: AtomicUsize,
     /// Queues started with a lease on guest memory.
@@ -165,6 +167,10 @@ impl Poller for EchoQueue {
     fn poll(&mut self, _now: Ticks, budget: Budget) -> Work {
         self.queue.pop(budget.requests.min(64) as usize, &mut self.tokens);
         let done = self.tokens.len() as u32;
+        if done > 0 && self.switches.panic.swap(false, Ordering::SeqCst) {
+            std::mem::take(&mut self.tokens).into_iter().for_each(std::mem::forget);
+            panic!("on purpose");
+        }
         if self.switches.hold.load(Ordering::SeqCst) {
             self.held.append(&mut self.tokens);
         } else {
@@ -189,9 +195,10 @@ impl Poller for EchoQueue {
     }
 
     fn drain(&mut self, _now: Ticks) -> bool {
-        if !self.switches.lose.load(Ordering::SeqCst) {
-            Self::answer(&mut self.queue, &mut self.held);
+        if self.switches.lose.load(Ordering::SeqCst) {
+            return true;
         }
-        true
+        Self::answer(&mut self.queue, &mut self.held);
+        self.queue.in_flight() == 0
     }
 }

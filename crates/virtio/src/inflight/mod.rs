@@ -102,16 +102,18 @@ impl Inflight {
     /// `state` where the front end says it stands.
     ///
     /// # Errors
-    /// The record is damaged.
+    /// The record is damaged, or for the other ring format.
     pub(crate) fn recover(
         &mut self,
         ring: &DeviceRing,
         state: Option<RingState>,
     ) -> Result<RingState, RingError> {
         let state = match (&mut self.0, ring) {
-            (Record::Split(record), _) => record.recover(ring.state().used),
+            (Record::Split(record), DeviceRing::Split(ring)) => record.recover(ring.state().used),
             (Record::Packed(record), DeviceRing::Packed(ring)) => record.recover(ring, state)?,
-            (Record::Packed(_), DeviceRing::Split(_)) => ring.state(),
+            (Record::Split(SplitInflight { size, .. }) | Record::Packed(PackedInflight { size, .. }), _) => {
+                return Err(RingError::BadRecord { size: *size });
+            }
         };
         let requests = self.resubmissions();
         if requests > 0 {
@@ -152,42 +154,31 @@ impl Inflight {
         Ok(())
     }
 
-    /// Notes that the chains in `burst` were taken, in this order; `from` is where the ring stood before.
+    /// Takes up to `max` chains from `ring` and records them; otherwise as [`DeviceRing::pop`].
     #[inline(always)]
-    pub(crate) fn take(&mut self, ring: &DeviceRing, from: RingState, burst: &[Token], chains: &Chains) {
+    pub(crate) fn pop(
+        &mut self,
+        ring: &mut DeviceRing,
+        max: usize,
+        chains: &mut Chains,
+        out: &mut Vec<Token>,
+    ) -> Result<(), RingError> {
         match (&mut self.0, ring) {
-            (Record::Split(record), _) => record.take(burst, chains),
-            (Record::Packed(record), DeviceRing::Packed(ring)) => {
-                record.take(ring, from.avail, burst, chains)
-            }
-            (Record::Packed(_), DeviceRing::Split(_)) => {}
+            (Record::Split(record), DeviceRing::Split(ring)) => record.pop(ring, max, chains, out),
+            (Record::Packed(record), DeviceRing::Packed(ring)) => record.pop(ring, max, chains, out),
+            // `recover` has refused it.
+            _ => Ok(()),
         }
     }
 
-    /// Notes that a chain is done and about to be published.
+    /// Shows the driver what was given back as [`DeviceRing::publish`] does, and notes that it is out of flight. `chains` are
+    /// as they were when the last of it was given back.
     #[inline(always)]
-    pub(crate) fn put(&mut self, token: &Token) {
-        match &mut self.0 {
-            Record::Split(record) => record.put(token),
-            Record::Packed(record) => record.put(token),
-        }
-    }
-
-    /// All that was put is about to be published, after which the ring stands at `state`.
-    #[inline(always)]
-    pub(crate) fn publishing(&mut self, state: RingState) {
-        match &mut self.0 {
-            Record::Split(record) => record.publishing(),
-            Record::Packed(record) => record.publishing(state),
-        }
-    }
-
-    /// All that was put is published, and the ring stands at `state`.
-    #[inline(always)]
-    pub(crate) fn published(&mut self, state: RingState) {
-        match &mut self.0 {
-            Record::Split(record) => record.published(state.used),
-            Record::Packed(record) => record.published(state),
+    pub(crate) fn publish(&mut self, ring: &mut DeviceRing, chains: &Chains) -> bool {
+        match (&mut self.0, ring) {
+            (Record::Split(record), DeviceRing::Split(ring)) => record.publish(ring, chains),
+            (Record::Packed(record), DeviceRing::Packed(ring)) => record.publish(ring, chains),
+            _ => false,
         }
     }
 }

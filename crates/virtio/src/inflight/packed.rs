@@ -29,6 +29,7 @@ mod layout {
     pub(super) const INFLIGHT: usize = 0;
     /// The next entry of the chain or of the free list; the ring's size ends it.
     pub(super) const NEXT: usize = 2;
+    pub(super) const LAST_AND_NUM: usize = 4;
     /// In a chain's first entry: when it was taken.
     pub(super) const COUNTER: usize = 8;
     /// The descriptor: `id` and `flags` of 16 bits, `len` of 32; then `addr`.
@@ -36,8 +37,8 @@ mod layout {
     pub(super) const ADDR: usize = 24;
 }
 use layout::{
-    ADDR, COUNTER, DESC_NUM, DESCRIPTOR, ENTRIES, ENTRY_BYTES, FREE_HEAD, HEADER, INFLIGHT, LINKS, NEXT,
-    OLD_FREE_HEAD, POSITIONS, VERSION,
+    ADDR, COUNTER, DESC_NUM, DESCRIPTOR, ENTRIES, ENTRY_BYTES, FREE_HEAD, HEADER, INFLIGHT, LAST_AND_NUM,
+    LINKS, NEXT, OLD_FREE_HEAD, POSITIONS, VERSION,
 };
 
 /// Bytes that the record takes.
@@ -65,7 +66,7 @@ type Position = (u16, bool);
 /// The record of one packed queue.
 pub(super) struct PackedInflight {
     area: Area,
-    size: u16,
+    pub(super) size: u16,
     /// It was all zeros: the ring stands where the front end says.
     fresh: bool,
     counter: u64,
@@ -76,8 +77,10 @@ pub(super) struct PackedInflight {
     committed: Position,
     /// By slot.
     chains: Box<[List]>,
-    /// First entries of chains completed since the last publication.
-    batch: Vec<u16>,
+    /// Chains in flight as of the last time that some were taken or published.
+    in_flight: usize,
+    /// Room for the first entries of those that are published together.
+    batch: Box<[u16]>,
     /// Chains of a previous service, the next one last.
     pub(super) resubmit: Vec<Left>,
 }
@@ -98,7 +101,8 @@ impl PackedInflight {
             free: 0,
             committed: (0, true),
             chains: (0..size).map(|_| List::default()).collect(),
-            batch: Vec::with_capacity(size.into()),
+            batch: (0..size).collect(),
+            in_flight: 0,
             resubmit: Vec::new(),
         })
     }
@@ -205,66 +209,87 @@ impl PackedInflight {
         if let Ok(token) = &token {
             self.chains[token.slot()] = list;
         }
+        self.in_flight = chains.in_flight();
         Some(token)
+    }
+
+    pub(super) fn pop(
+        &mut self,
+        ring: &mut PackedDevice,
+        max: usize,
+        chains: &mut Chains,
+        out: &mut Vec<Token>,
+    ) -> Result<(), RingError> {
+        let (from, before) = (ring.state().avail, out.len());
+        let result = ring.pop(max, chains, out);
+        if out.len() > before {
+            self.take(ring, from, &out[before..], chains);
+            self.in_flight = chains.in_flight();
+        }
+        result
     }
 
     /// Notes that the chains in `burst` were taken, from the ring's position `offset` on.
     #[inline(always)]
-    pub(super) fn take(&mut self, ring: &PackedDevice, mut offset: u16, burst: &[Token], chains: &Chains) {
-        let mut free = self.free;
+    fn take(&mut self, ring: &PackedDevice, offset: u16, burst: &[Token], chains: &Chains) {
+        let (ring, size) = (ring.descriptors(), usize::from(self.size));
+        let entries: Entries<'_> = self.area.entries(ENTRIES, self.size);
+        let (lists, next) = (&mut self.chains[..size], &self.next[..size]);
+        let (mut offset, mut free, mut counter) = (usize::from(offset), usize::from(self.free), self.counter);
         for token in burst {
             let count = chains.descriptors(token);
-            let mut list = List { first: free, last: free };
+            let (first, mut last) = (free, free);
             for _ in 0..count {
-                let (addr, word) = ring.descriptor(offset).to_words();
-                let at = entry(free);
+                let (addr, word) = Descriptor::load(ring, offset).to_words();
                 // The same fields, but the length stands behind id and flags.
-                self.area.u64(at + DESCRIPTOR).store(word.rotate_left(32), Ordering::Relaxed);
-                self.area.u64(at + ADDR).store(addr, Ordering::Relaxed);
-                list.last = free;
-                free = self.next[usize::from(free)];
-                offset = if offset + 1 == self.size { 0 } else { offset + 1 };
+                entries.u64(free, DESCRIPTOR).store(word.rotate_left(32), Ordering::Relaxed);
+                entries.u64(free, ADDR).store(addr, Ordering::Relaxed);
+                last = free;
+                free = usize::from(next[free]);
+                offset = if offset + 1 == size { 0 } else { offset + 1 };
             }
-            let at = entry(list.first);
-            let next = self.next[usize::from(list.first)];
-            let links = 1 | u64::from(next) << 16 | u64::from(list.last) << 32 | u64::from(count) << 48;
-            self.area.u64(at + COUNTER).store(self.counter, Ordering::Relaxed);
-            self.area.u64(at + LINKS).store(links, Ordering::Relaxed);
-            self.counter = self.counter.wrapping_add(1);
-            self.chains[token.slot()] = list;
+            // The place in the free list links the first entry to the second.
+            let ends = last as u32 | u32::from(count) << 16;
+            entries.u32(first, LAST_AND_NUM).store(ends, Ordering::Relaxed);
+            entries.u64(first, COUNTER).store(counter, Ordering::Relaxed);
+            entries.u8(first, INFLIGHT).store(1, Ordering::Relaxed);
+            counter = counter.wrapping_add(1);
+            lists[token.slot()] = List { first: first as u16, last: last as u16 };
         }
+        (self.free, self.counter) = (free as u16, counter);
         // By one store: the whole burst is taken, or the free list holds all of it.
-        self.free = free;
-        self.area.u32(FREE_HEAD).store(u32::from(free) | u32::from(free) << 16, Ordering::Release);
+        self.area.u32(FREE_HEAD).store(u32::from(self.free) * 0x1_0001, Ordering::Release);
     }
 
     #[inline(always)]
-    pub(super) fn put(&mut self, token: &Token) {
-        let List { first, last } = self.chains[token.slot()];
-        self.area.u16(entry(last) + NEXT).store(self.free, Ordering::Relaxed);
-        self.next[usize::from(last)] = self.free;
-        self.free = first;
-        self.batch.push(first);
-    }
-
-    /// The ring's publication is a release store behind these.
-    #[inline(always)]
-    pub(super) fn publishing(&mut self, state: RingState) {
-        if !self.batch.is_empty() {
-            self.area.u16(FREE_HEAD).store(self.free, Ordering::Relaxed);
-            self.store_positions((state.used, state.used_wrap), self.committed);
+    pub(super) fn publish(&mut self, ring: &mut PackedDevice, chains: &Chains) -> bool {
+        let done = chains.released(self.in_flight - chains.in_flight());
+        if done.is_empty() {
+            return false;
         }
-    }
-
-    #[inline(always)]
-    pub(super) fn published(&mut self, state: RingState) {
+        let size = usize::from(self.size);
+        let entries: Entries<'_> = self.area.entries(ENTRIES, self.size);
+        let (lists, next) = (&self.chains[..size], &mut self.next[..size]);
+        for (slot, batched) in done.iter().zip(&mut self.batch) {
+            let List { first, last } = lists[usize::from(*slot)];
+            entries.u16(last, NEXT).store(self.free, Ordering::Relaxed);
+            next[usize::from(last)] = self.free;
+            (self.free, *batched) = (first, first);
+        }
+        // The ring's publication is a release store behind these.
+        let RingState { used, used_wrap, .. } = ring.state();
+        self.area.u16(FREE_HEAD).store(self.free, Ordering::Relaxed);
+        self.store_positions((used, used_wrap), self.committed);
+        ring.publish();
         // Each is a release store, so that none comes before the publication.
-        for first in self.batch.drain(..) {
-            self.area.u8(entry(first) + INFLIGHT).store(0, Ordering::Release);
+        for &first in &self.batch[..done.len()] {
+            entries.u8(first, INFLIGHT).store(0, Ordering::Release);
         }
         self.area.u16(OLD_FREE_HEAD).store(self.free, Ordering::Release);
-        self.committed = (state.used, state.used_wrap);
+        self.committed = (used, used_wrap);
         self.store_positions(self.committed, self.committed);
+        self.in_flight = chains.in_flight();
+        true
     }
 
     fn positions(&self) -> (Position, Position) {
@@ -300,3 +325,5 @@ impl PackedInflight {
 fn entry(index: u16) -> usize {
     ENTRIES + usize::from(index) * ENTRY_BYTES
 }
+
+type Entries<'a> = crate::memory::Entries<'a, ENTRY_BYTES, 8>;

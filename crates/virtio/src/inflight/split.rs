@@ -27,16 +27,17 @@ use layout::{COUNTER, DESC_NUM, ENTRIES, ENTRY_BYTES, INFLIGHT, LAST_BATCH_HEAD,
 /// The record of one split queue.
 pub(super) struct SplitInflight {
     area: Area,
-    size: u16,
+    pub(super) size: u16,
     /// It was all zeros.
     fresh: bool,
     /// The next value of the entries' counter.
     counter: u64,
-    /// By slot: the chain's head. The last one completed.
-    heads: Box<[u16]>,
+    /// The last chain completed.
     last_batch_head: u16,
-    /// Chains completed since the last publication.
-    batch: Vec<u16>,
+    /// Chains in flight as of the last time that some were taken or published.
+    in_flight: usize,
+    /// Room for those that are published together.
+    batch: Box<[u16]>,
     /// Chains of a previous service, the next one last.
     pub(super) resubmit: Vec<u16>,
 }
@@ -59,8 +60,8 @@ impl SplitInflight {
             size,
             fresh: version == 0,
             counter: 0,
-            heads: (0..size).collect(),
-            batch: Vec::with_capacity(size.into()),
+            batch: (0..size).collect(),
+            in_flight: 0,
             resubmit: Vec::new(),
         })
     }
@@ -107,56 +108,60 @@ impl SplitInflight {
         ring: &SplitDevice,
         chains: &mut Chains,
     ) -> Option<Result<Token, RingError>> {
-        let head = self.resubmit.pop()?;
-        let token = ring.take(head, chains);
-        if let Ok(token) = &token {
-            self.heads[token.slot()] = head;
-        }
+        let token = ring.take(self.resubmit.pop()?, chains);
+        self.in_flight = chains.in_flight();
         Some(token)
     }
 
-    /// Notes that the chains in `burst` were taken, in this order.
-    #[inline(always)]
-    pub(super) fn take(&mut self, burst: &[Token], chains: &Chains) {
-        for token in burst {
+    pub(super) fn pop(
+        &mut self,
+        ring: &mut SplitDevice,
+        max: usize,
+        chains: &mut Chains,
+        out: &mut Vec<Token>,
+    ) -> Result<(), RingError> {
+        let before = out.len();
+        let result = ring.pop(max, chains, out);
+        let entries: Entries<'_> = self.area.entries(ENTRIES, self.size);
+        let mut counter = self.counter;
+        for token in &out[before..] {
             let head = chains.id(token);
-            self.heads[token.slot()] = head;
-            let entry = entry(head);
-            self.area.u64(entry + COUNTER).store(self.counter, Ordering::Relaxed);
-            self.area.u8(entry + INFLIGHT).store(1, Ordering::Release);
-            self.counter = self.counter.wrapping_add(1);
+            entries.u64(head, COUNTER).store(counter, Ordering::Relaxed);
+            entries.u8(head, INFLIGHT).store(1, Ordering::Release);
+            counter = counter.wrapping_add(1);
         }
+        self.counter = counter;
+        self.in_flight = chains.in_flight();
+        result
     }
 
-    /// Notes that a chain is done and about to be published.
     #[inline(always)]
-    pub(super) fn put(&mut self, token: &Token) {
-        let head = self.heads[token.slot()];
-        self.area.u16(entry(head) + NEXT).store(self.last_batch_head, Ordering::Relaxed);
-        self.last_batch_head = head;
-        self.batch.push(head);
-    }
-
-    /// The batch must be found from its last chain before the ring is published, which is a release store behind this one.
-    #[inline(always)]
-    pub(super) fn publishing(&mut self) {
-        if !self.batch.is_empty() {
-            self.area.u16(LAST_BATCH_HEAD).store(self.last_batch_head, Ordering::Relaxed);
+    pub(super) fn publish(&mut self, ring: &mut SplitDevice, chains: &Chains) -> bool {
+        let done = chains.released(self.in_flight - chains.in_flight());
+        if done.is_empty() {
+            return false;
         }
-    }
-
-    /// Notes that everything since the last call was published, up to used index `used`.
-    #[inline(always)]
-    pub(super) fn published(&mut self, used: u16) {
+        let entries: Entries<'_> = self.area.entries(ENTRIES, self.size);
+        for (slot, batched) in done.iter().zip(&mut self.batch) {
+            let head = chains.id_in(*slot);
+            entries.u16(head, NEXT).store(self.last_batch_head, Ordering::Relaxed);
+            (self.last_batch_head, *batched) = (head, head);
+        }
+        // The batch must be found from its last chain before the ring is published, which is a release store.
+        self.area.u16(LAST_BATCH_HEAD).store(self.last_batch_head, Ordering::Relaxed);
+        ring.publish();
         // Each is a release store, so that none comes before the publication.
-        for head in self.batch.drain(..) {
-            self.area.u8(entry(head) + INFLIGHT).store(0, Ordering::Release);
+        for &head in &self.batch[..done.len()] {
+            entries.u8(head, INFLIGHT).store(0, Ordering::Release);
         }
-        self.area.u16(USED_IDX).store(used, Ordering::Release);
+        self.area.u16(USED_IDX).store(ring.state().used, Ordering::Release);
+        self.in_flight = chains.in_flight();
+        true
     }
 }
 
-#[inline(always)]
+type Entries<'a> = crate::memory::Entries<'a, ENTRY_BYTES, 8>;
+
 fn entry(head: u16) -> usize {
     ENTRIES + usize::from(head) * ENTRY_BYTES
 }

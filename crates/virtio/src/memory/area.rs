@@ -6,6 +6,7 @@
 #![allow(unsafe_code)]
 
 use alloc::sync::Arc;
+use core::marker::PhantomData;
 use core::ptr::NonNull;
 use core::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64};
 
@@ -97,6 +98,25 @@ impl Area {
         }
     }
 
+    /// `count` entries of `BYTES` bytes from byte `offset` on.
+    ///
+    /// # Panics
+    /// They leave the area or do not start at a multiple of `ALIGN`: a mistake of the caller, never of the guest.
+    #[inline(always)]
+    #[must_use]
+    pub fn entries<const BYTES: usize, const ALIGN: usize>(
+        &self,
+        offset: usize,
+        count: u16,
+    ) -> Entries<'_, BYTES, ALIGN> {
+        let base = self.base.as_ptr().wrapping_add(offset);
+        let count = usize::from(count);
+        assert!(
+            offset <= self.len && count * BYTES <= self.len - offset && base.addr().is_multiple_of(ALIGN)
+        );
+        Entries { base, count, area: PhantomData }
+    }
+
     #[inline(always)]
     fn word(&self, offset: usize, size: usize) -> *mut u8 {
         #[cfg(feature = "crash-points")]
@@ -104,6 +124,67 @@ impl Area {
         let ptr = self.base.as_ptr().wrapping_add(offset);
         assert!(offset < self.len && self.len - offset >= size && ptr.addr() & (size - 1) == 0);
         ptr
+    }
+}
+
+/// Equal entries, one after the other, in an [`Area`], which was asked for them once: all that is left to check at each word
+/// is the entry's index.
+#[derive(Clone, Copy)]
+pub struct Entries<'a, const BYTES: usize, const ALIGN: usize> {
+    base: *mut u8,
+    count: usize,
+    area: PhantomData<&'a Area>,
+}
+
+macro_rules! entry_word {
+    ($(#[$doc:meta])* $name:ident, $atomic:ty) => {
+        $(#[$doc])*
+        ///
+        /// # Panics
+        /// There is no such entry: a mistake of the caller, never of the guest.
+        #[inline(always)]
+        #[must_use]
+        pub fn $name(self, index: impl Into<usize>, at: usize) -> &'a $atomic {
+            let ptr = self.word(index.into(), at, size_of::<$atomic>());
+            // SAFETY: `word` checked bounds and alignment; the memory lives as long as the area, and all access to it in
+            // this process is atomic or goes through `Segment`'s raw copies.
+            unsafe { <$atomic>::from_ptr(ptr.cast()) }
+        }
+    };
+}
+
+impl<'a, const BYTES: usize, const ALIGN: usize> Entries<'a, BYTES, ALIGN> {
+    entry_word!(
+        /// The byte at byte `at` of an entry.
+        u8, AtomicU8
+    );
+    entry_word!(
+        /// The 16-bit word at byte `at` of an entry.
+        u16, AtomicU16
+    );
+    entry_word!(
+        /// The 32-bit word at byte `at` of an entry.
+        u32, AtomicU32
+    );
+    entry_word!(
+        /// The 64-bit word at byte `at` of an entry.
+        u64, AtomicU64
+    );
+
+    /// Asks for the cache line in which an entry begins. Any index will do.
+    #[inline(always)]
+    pub fn prefetch(self, index: u16) {
+        prefetch(self.base.wrapping_add(usize::from(index) * BYTES));
+    }
+
+    #[inline(always)]
+    fn word(self, index: usize, at: usize, size: usize) -> *mut u8 {
+        #[cfg(feature = "crash-points")]
+        super::crash::point();
+        // All but the first are known at compile time.
+        assert!(index < self.count && at + size <= BYTES);
+        assert!(BYTES.is_multiple_of(ALIGN) && ALIGN.is_multiple_of(size) && at.is_multiple_of(size));
+        self.base.wrapping_add(index * BYTES + at)
     }
 }
 

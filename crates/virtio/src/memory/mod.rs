@@ -28,7 +28,7 @@ mod translate;
 use alloc::{boxed::Box, sync::Arc, vec::Vec};
 use core::fmt;
 
-pub use area::Area;
+pub use area::{Area, Entries};
 pub use backing::Backing;
 #[cfg(feature = "crash-points")]
 pub use crash::crash_at;

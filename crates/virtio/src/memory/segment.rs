@@ -16,6 +16,8 @@ use core::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 /// The longest copies out of guest memory that are made by atomic loads, in bytes.
 const ATOMIC_BYTES_MAX: usize = 64;
 
+const WORD_BYTES: usize = size_of::<u64>();
+
 /// A piece of a buffer: contiguous in this process, one or more guest pages long.
 ///
 /// The layout is that of `struct iovec`, so a list of segments can be handed to the kernel as it is.
@@ -76,6 +78,33 @@ impl Segment {
         n
     }
 
+    /// The `N` little-endian words from byte `offset` on, each read once; None where there are fewer.
+    #[inline(always)]
+    #[must_use]
+    pub fn words<const N: usize>(&self, offset: usize) -> Option<[u64; N]> {
+        if self.len < N * WORD_BYTES || self.len - N * WORD_BYTES < offset {
+            return None;
+        }
+        let from = self.ptr.as_ptr().wrapping_add(offset);
+        if !from.addr().is_multiple_of(WORD_BYTES) {
+            return Some(self.unaligned_words(offset));
+        }
+        Some(core::array::from_fn(|i| {
+            // SAFETY: within the segment, as was just checked, and aligned.
+            let word = unsafe { AtomicU64::from_ptr(from.wrapping_add(WORD_BYTES * i).cast()) };
+            u64::from_le(word.load(Ordering::Relaxed))
+        }))
+    }
+
+    #[cold]
+    fn unaligned_words<const N: usize>(&self, offset: usize) -> [u64; N] {
+        core::array::from_fn(|i| {
+            let mut word = [0; WORD_BYTES];
+            self.read(offset + WORD_BYTES * i, &mut word);
+            u64::from_le_bytes(word)
+        })
+    }
+
     /// Copies `from` to `offset`; returns the bytes copied, fewer than given where the segment ends.
     #[inline(always)]
     pub fn write(&self, offset: usize, from: &[u8]) -> usize {
@@ -106,12 +135,11 @@ impl Segment {
 /// As many bytes as `to` has can be read at `from`.
 #[inline(always)]
 unsafe fn load(from: *mut u8, to: &mut [u8]) {
-    const WORD: usize = size_of::<u64>();
-    let words = if from.addr().is_multiple_of(WORD) { to.len() / WORD * WORD } else { 0 };
+    let words = if from.addr().is_multiple_of(WORD_BYTES) { to.len() / WORD_BYTES * WORD_BYTES } else { 0 };
     let (aligned, rest) = to.split_at_mut(words);
-    for (i, word) in aligned.chunks_exact_mut(WORD).enumerate() {
+    for (i, word) in aligned.chunks_exact_mut(WORD_BYTES).enumerate() {
         // SAFETY: within the bytes that the caller vouches for, and aligned.
-        let value = unsafe { AtomicU64::from_ptr(from.wrapping_add(WORD * i).cast()) };
+        let value = unsafe { AtomicU64::from_ptr(from.wrapping_add(WORD_BYTES * i).cast()) };
         word.copy_from_slice(&value.load(Ordering::Relaxed).to_ne_bytes());
     }
     for (i, byte) in rest.iter_mut().enumerate() {
@@ -192,6 +220,25 @@ mod tests {
                 assert!((0..len).all(|i| usize::from(copy[i]) == start + 1 + i), "{len} bytes at {start}");
                 assert!(copy[len..].iter().all(|&byte| byte == 0xff), "{len} bytes at {start}");
             }
+        }
+    }
+
+    #[test]
+    fn words_at_any_place_are_exact_and_within_the_segment() {
+        let mut memory: [u8; 64] = core::array::from_fn(|i| i as u8);
+        let base = NonNull::from(&mut memory).cast();
+        for (start, len) in (0..9).flat_map(|start| (1..33).map(move |len| (start, len))) {
+            // SAFETY: within `memory`, which outlives the segment.
+            let segment = Segment::new(unsafe { base.add(start) }, len);
+            for offset in 0..40 {
+                let expected = (offset + 16 <= len).then(|| {
+                    [0, 8].map(|word| {
+                        u64::from_le_bytes(core::array::from_fn(|i| (start + offset + word + i) as u8))
+                    })
+                });
+                assert_eq!(segment.words(offset), expected, "{len} bytes at {start}, from {offset}");
+            }
+            assert_eq!(segment.words::<2>(usize::MAX), None);
         }
     }
 }

@@ -45,12 +45,21 @@ impl Translator {
         len: u32,
         mut push: impl FnMut(Segment),
     ) -> Result<(), MemoryError> {
-        let offset = addr.0.wrapping_sub(self.start);
-        if offset < self.len && u64::from(len) <= self.len - offset && len != 0 {
-            push(self.segment(offset, len));
+        if let Some(segment) = self.translate_whole(addr, len) {
+            push(segment);
             return Ok(());
         }
         self.translate_slow(addr, len, &mut push)
+    }
+
+    /// The one segment of the `len` bytes at `addr`, if they lie in the region of the last hit. None says nothing: it may be
+    /// another region, several, or none.
+    #[inline(always)]
+    #[must_use]
+    pub fn translate_whole(&self, addr: GuestAddr, len: u32) -> Option<Segment> {
+        let offset = addr.0.wrapping_sub(self.start);
+        (offset < self.len && u64::from(len) <= self.len - offset && len != 0)
+            .then(|| self.segment(offset, len))
     }
 
     #[inline(always)]

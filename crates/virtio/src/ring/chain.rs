@@ -12,7 +12,7 @@ use alloc::vec::Vec;
 
 use smallvec::SmallVec;
 
-use crate::memory::{Memory, Segment, Translator, gather};
+use crate::memory::{GuestAddr, Memory, Segment, Translator, gather};
 
 use super::descriptor::{Descriptor, INDIRECT, NEXT, WRITE};
 use super::layout::DESC_BYTES;
@@ -80,6 +80,16 @@ pub(super) struct Slot {
 }
 
 impl Slot {
+    /// To be asked after a buffer of several segments and at the end of a chain. In between, each descriptor adds one, and
+    /// their number is limited.
+    #[inline(always)]
+    fn check(&self, head: u16) -> Result<(), RingError> {
+        if self.segments.len() > SEGMENTS_PER_CHAIN_MAX as usize {
+            return Err(RingError::TooManySegments { head, limit: SEGMENTS_PER_CHAIN_MAX });
+        }
+        Ok(())
+    }
+
     #[cold]
     #[inline(never)]
     fn shrink(&mut self) {
@@ -137,28 +147,39 @@ impl Chains {
         self.slot(token).id
     }
 
+    /// The same by slot, also of a chain that was given back last in it.
+    #[cfg(feature = "std")]
+    #[inline(always)]
+    pub(crate) fn id_in(&self, slot: u16) -> u16 {
+        self.slots[usize::from(slot)].id
+    }
+
     #[inline(always)]
     pub(super) fn slot(&self, token: &Token) -> &Slot {
         &self.slots[token.slot()]
     }
 
-    /// Gives the slot back.
+    /// Gives the slot back. Returns what names the chain to the driver and how many ring descriptors it occupies.
     #[inline(always)]
-    pub(super) fn release(&mut self, token: Token) {
+    pub(super) fn release(&mut self, token: Token) -> (u16, u16) {
         let slot = &mut self.slots[token.slot()];
         if slot.segments.capacity() > SEGMENTS_KEPT_MAX {
             slot.shrink();
         }
         self.free.push(token.0);
+        (slot.id, slot.descriptors)
     }
 
-    /// Fills a free slot by `walk`, which pushes the chain's descriptors.
+    /// The slots given back last, `count` of them, the latest last.
+    #[cfg(feature = "std")]
     #[inline(always)]
-    pub(super) fn take(
-        &mut self,
-        head: u16,
-        walk: impl FnOnce(&mut ChainBuilder<'_>) -> Result<(), RingError>,
-    ) -> Result<Token, RingError> {
+    pub(crate) fn released(&self, count: usize) -> &[u16] {
+        &self.free[self.free.len() - count..]
+    }
+
+    /// Fills a free slot by `walk`.
+    #[inline(always)]
+    pub(super) fn take(&mut self, head: u16, walk: impl Walk) -> Result<Token, RingError> {
         let index = self.free.pop().ok_or(RingError::TooManyChains { size: self.slots.len() as u16 })?;
         let slot = &mut self.slots[usize::from(index)];
         slot.segments.clear();
@@ -170,9 +191,9 @@ impl Chains {
             translator: &mut self.translator,
             indirect: self.indirect,
             head,
-            progress: Progress { descriptors: 0, writable: false },
+            writable: false,
         };
-        if let Err(error) = walk(&mut builder) {
+        if let Err(error) = walk.walk(&mut builder).and_then(|()| slot.check(head)) {
             self.release(Token(index));
             return Err(error);
         }
@@ -183,55 +204,64 @@ impl Chains {
     }
 }
 
+/// Pushes the descriptors of one chain. A closure does, too, but cannot be told to be inlined.
+pub(super) trait Walk {
+    /// # Errors
+    /// The chain is malformed.
+    fn walk(self, chain: &mut ChainBuilder<'_>) -> Result<(), RingError>;
+}
+
+impl<F: FnOnce(&mut ChainBuilder<'_>) -> Result<(), RingError>> Walk for F {
+    fn walk(self, chain: &mut ChainBuilder<'_>) -> Result<(), RingError> {
+        self(chain)
+    }
+}
+
 /// Collects the descriptors of one chain into its slot, with every check the two formats share.
 pub(super) struct ChainBuilder<'a> {
     pub(super) slot: &'a mut Slot,
     translator: &'a mut Translator,
     indirect: bool,
     head: u16,
-    progress: Progress,
-}
-
-/// How far a chain was followed.
-#[derive(Clone, Copy)]
-struct Progress {
-    descriptors: u32,
     /// Only device-writable buffers may follow.
     writable: bool,
 }
 
 impl ChainBuilder<'_> {
-    /// Adds a descriptor's buffer, or the table it points to.
+    /// Adds a descriptor's buffer, or the table it points to. `before` counts the chain's descriptors before this one, of
+    /// which the caller allows less than [`DESCRIPTORS_PER_CHAIN_MAX`].
     #[inline(always)]
-    pub(super) fn push(&mut self, descriptor: Descriptor, flags: u16, packed: bool) -> Result<(), RingError> {
+    pub(super) fn push(
+        &mut self,
+        descriptor: Descriptor,
+        flags: u16,
+        packed: bool,
+        before: u32,
+    ) -> Result<(), RingError> {
         if flags & INDIRECT != 0 {
             // By value, not by reference: the address of the builder stays unknown, and it in registers.
-            let Self { slot, translator, indirect, head, progress } = self;
+            let Self { slot, translator, indirect, head, writable } = self;
             let table =
-                ChainBuilder { slot, translator, indirect: *indirect, head: *head, progress: *progress };
-            *progress = table.push_table(descriptor, flags, packed)?;
-            return Ok(());
+                ChainBuilder { slot, translator, indirect: *indirect, head: *head, writable: *writable };
+            return table.push_table(descriptor.addr, descriptor.len, flags & NEXT != 0, packed, before);
         }
         self.push_buffer(descriptor, flags & WRITE != 0)
     }
 
     #[inline(always)]
-    fn push_buffer(&mut self, descriptor: Descriptor, writable: bool) -> Result<(), RingError> {
+    fn push_buffer(
+        &mut self,
+        Descriptor { addr, len, .. }: Descriptor,
+        writable: bool,
+    ) -> Result<(), RingError> {
         let head = self.head;
-        self.progress.descriptors += 1;
-        if self.progress.descriptors > DESCRIPTORS_PER_CHAIN_MAX {
-            return Err(RingError::ChainTooLong { head, limit: DESCRIPTORS_PER_CHAIN_MAX });
-        }
-        if self.progress.writable && !writable {
+        if self.writable && !writable {
             return Err(RingError::ReadableAfterWritable { head });
         }
-        self.progress.writable = writable;
-        let segments = &mut self.slot.segments;
-        self.translator
-            .translate(descriptor.addr, descriptor.len, |segment| segments.push(segment))
-            .map_err(|source| RingError::BadBuffer { head, source })?;
-        if segments.len() > SEGMENTS_PER_CHAIN_MAX as usize {
-            return Err(RingError::TooManySegments { head, limit: SEGMENTS_PER_CHAIN_MAX });
+        self.writable = writable;
+        match self.translator.translate_whole(addr, len) {
+            Some(segment) => self.slot.segments.push(segment),
+            None => push_pieces(self.slot, self.translator, addr, len, head)?,
         }
         if !writable {
             self.slot.readable = self.slot.segments.len() as u16;
@@ -239,24 +269,31 @@ impl ChainBuilder<'_> {
         Ok(())
     }
 
+    /// Adds the buffers of a table, which must be the end of the chain.
     #[inline(never)]
-    fn push_table(mut self, table: Descriptor, flags: u16, packed: bool) -> Result<Progress, RingError> {
+    fn push_table(
+        mut self,
+        addr: GuestAddr,
+        len: u32,
+        continues: bool,
+        packed: bool,
+        before: u32,
+    ) -> Result<(), RingError> {
         let head = self.head;
-        if !self.indirect || flags & NEXT != 0 {
+        if !self.indirect || continues {
             return Err(RingError::BadIndirect { head });
         }
         let max = DESCRIPTORS_PER_CHAIN_MAX * DESC_BYTES as u32;
-        if table.len == 0 || table.len > max || !table.len.is_multiple_of(DESC_BYTES as u32) {
-            return Err(RingError::BadIndirectLen { len: table.len, max });
+        if len == 0 || len > max || !len.is_multiple_of(DESC_BYTES as u32) {
+            return Err(RingError::BadIndirectLen { len, max });
         }
         let mut pieces: SmallVec<[Segment; 2]> = SmallVec::new();
         self.translator
-            .translate(table.addr, table.len, |piece| pieces.push(piece))
+            .translate(addr, len, |piece| pieces.push(piece))
             .map_err(|source| RingError::BadBuffer { head, source })?;
-        let entries = table.len / DESC_BYTES as u32;
+        let entries = len / DESC_BYTES as u32;
         let mut index = 0;
-        // Each round adds a descriptor to the count that `push_buffer` limits, so a loop in the table ends.
-        loop {
+        for _ in before..DESCRIPTORS_PER_CHAIN_MAX {
             let entry = read_entry(&pieces, index);
             let flags = if packed { entry.fourth } else { entry.third };
             if flags & INDIRECT != 0 {
@@ -265,21 +302,44 @@ impl ChainBuilder<'_> {
             self.push_buffer(entry, flags & WRITE != 0)?;
             // In a packed ring's table the entries follow each other and NEXT means nothing (section 2.8.8).
             index = match (packed, flags & NEXT != 0) {
-                (true, _) if index + 1 == entries => return Ok(self.progress),
+                (true, _) if index + 1 == entries => return Ok(()),
                 (true, _) => index + 1,
-                (false, false) => return Ok(self.progress),
+                (false, false) => return Ok(()),
                 (false, true) if u32::from(entry.fourth) < entries => u32::from(entry.fourth),
                 (false, true) => return Err(RingError::BadNext { head, next: entry.fourth, size: entries }),
             };
         }
+        Err(RingError::ChainTooLong { head, limit: DESCRIPTORS_PER_CHAIN_MAX })
     }
+}
+
+/// Adds a buffer that need not be one segment.
+#[cold]
+#[inline(never)]
+fn push_pieces(
+    slot: &mut Slot,
+    translator: &mut Translator,
+    addr: GuestAddr,
+    len: u32,
+    head: u16,
+) -> Result<(), RingError> {
+    let push = |segment| slot.segments.push(segment);
+    translator.translate(addr, len, push).map_err(|source| RingError::BadBuffer { head, source })?;
+    slot.check(head)
 }
 
 #[inline(always)]
 fn read_entry(pieces: &[Segment], index: u32) -> Descriptor {
+    let at = index as usize * DESC_BYTES;
+    let whole = pieces.first().and_then(|piece| piece.words(at));
+    let [low, high] = whole.unwrap_or_else(|| gather_words(pieces, at));
+    Descriptor::from_words(low, high)
+}
+
+#[cold]
+fn gather_words(pieces: &[Segment], at: usize) -> [u64; 2] {
     let mut raw = [0; DESC_BYTES];
-    let copied = gather(pieces, index as usize * DESC_BYTES, &mut raw);
+    let copied = gather(pieces, at, &mut raw);
     debug_assert_eq!(copied, DESC_BYTES, "the caller keeps the index within the table");
-    let word = |at: usize| u64::from_le_bytes([0, 1, 2, 3, 4, 5, 6, 7].map(|i| raw[at + i]));
-    Descriptor::from_words(word(0), word(8))
+    [0, 8].map(|at: usize| u64::from_le_bytes([0, 1, 2, 3, 4, 5, 6, 7].map(|i| raw[at + i])))
 }

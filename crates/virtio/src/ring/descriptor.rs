@@ -4,7 +4,7 @@ use core::sync::atomic::Ordering;
 
 use crate::memory::{Area, GuestAddr};
 
-use super::layout::DESC_BYTES;
+use super::layout::{DESC_BYTES, Descriptors};
 
 /// The chain continues (at `next` in a split ring, at the following descriptor in a packed one).
 pub(crate) const NEXT: u16 = 1;
@@ -50,9 +50,12 @@ impl Descriptor {
 
     /// Reads descriptor `index` of a table.
     #[inline(always)]
-    pub(crate) fn load(table: &Area, index: u16) -> Self {
-        let at = usize::from(index) * DESC_BYTES;
-        Self::from_words(table.u64(at).load(Ordering::Relaxed), table.u64(at + 8).load(Ordering::Relaxed))
+    pub(crate) fn load(table: Descriptors<'_>, index: impl Into<usize>) -> Self {
+        let index = index.into();
+        Self::from_words(
+            table.u64(index, 0).load(Ordering::Relaxed),
+            table.u64(index, 8).load(Ordering::Relaxed),
+        )
     }
 
     /// Writes descriptor `index` of a table.

@@ -43,19 +43,8 @@ impl DeviceRing {
     #[inline(always)]
     pub fn push_used(&mut self, chains: &mut Chains, burst: impl Iterator<Item = Used>) {
         match self {
-            Self::Split(ring) => {
-                for Used { token, written } in burst {
-                    ring.push_used(chains.slot(&token).id, written);
-                    chains.release(token);
-                }
-            }
-            Self::Packed(ring) => {
-                for Used { token, written } in burst {
-                    let slot = chains.slot(&token);
-                    ring.push_used(slot.id, slot.descriptors, written);
-                    chains.release(token);
-                }
-            }
+            Self::Split(ring) => ring.push_used(chains, burst),
+            Self::Packed(ring) => ring.push_used(chains, burst),
         }
     }
 
@@ -63,18 +52,8 @@ impl DeviceRing {
     #[inline(always)]
     pub fn publish(&mut self) -> bool {
         match self {
-            Self::Split(ring) => {
-                let any = ring.unpublished() > 0;
-                if any {
-                    ring.publish();
-                }
-                any
-            }
-            Self::Packed(ring) => {
-                let any = ring.has_unpublished();
-                ring.publish();
-                any
-            }
+            Self::Split(ring) => ring.publish(),
+            Self::Packed(ring) => ring.publish(),
         }
     }
 

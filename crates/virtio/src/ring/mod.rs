@@ -153,6 +153,8 @@ pub enum RingError {
 /// Which queue layout sizes, in bytes.
 pub(crate) mod layout {
     pub(crate) const DESC_BYTES: usize = 16;
+    /// Descriptors where a ring has them, at a multiple of their size.
+    pub(crate) type Descriptors<'a> = crate::memory::Entries<'a, DESC_BYTES, DESC_BYTES>;
     /// Split available ring: flags, idx, ring[size], used_event.
     pub(crate) fn avail_bytes(size: u16) -> usize {
         6 + 2 * size as usize

@@ -5,10 +5,12 @@ use core::sync::atomic::{Ordering, fence};
 
 use crate::memory::{Area, Memory};
 
-use super::chain::{CHAINS_PER_BURST_MAX, Chains, Token};
+use super::chain::{
+    CHAINS_PER_BURST_MAX, ChainBuilder, Chains, DESCRIPTORS_PER_CHAIN_MAX, Token, Used, Walk,
+};
 use super::descriptor::{AVAIL, Descriptor, NEXT, USED, WRITE};
 use super::event::need_packed_event;
-use super::layout::{DESC_BYTES, EVENT_BYTES};
+use super::layout::{DESC_BYTES, Descriptors, EVENT_BYTES};
 use super::{RING_SIZE_MAX, RingConfig, RingError, RingState};
 
 /// Event suppression flags (section 2.8.10).
@@ -49,7 +51,7 @@ pub struct PackedDevice {
     /// Descriptors taken and not given back.
     outstanding: u16,
     /// The first unpublished used descriptor, whose flags are written last.
-    first: Option<(usize, u16)>,
+    first: Option<(u16, u16)>,
     /// Descriptors given back since the driver was last considered for a call.
     unannounced: u16,
 }
@@ -105,52 +107,67 @@ impl PackedDevice {
     ///
     /// # Errors
     /// The ring is broken. Chains taken before the fault are in `out` and can be completed.
-    #[inline(always)]
+    // A function of its own: inlined, it would share the registers with all the device does.
+    #[inline(never)]
     pub fn pop(&mut self, max: usize, chains: &mut Chains, out: &mut Vec<Token>) -> Result<(), RingError> {
+        let (ring, size) = (self.ring.entries(0, self.size), self.size);
+        let (mut avail, mut free) = (self.avail, size - self.outstanding);
+        let mut result = Ok(());
         for _ in 0..max.min(CHAINS_PER_BURST_MAX) {
-            if !self.is_available() {
+            if !is_available_at(ring, avail) {
                 break;
             }
-            let (token, count) = self.take(chains)?;
-            self.avail.advance(count, self.size);
-            self.outstanding += count;
-            out.push(token);
+            // Descriptors still in flight cannot be available again, whatever their flags say.
+            if free == 0 {
+                result = Err(RingError::TooManyChains { size });
+                break;
+            }
+            let (from, before) = (avail, free);
+            let walk = PackedWalk { ring, size, avail: &mut avail, free: &mut free };
+            match chains.take(from.offset, walk) {
+                Ok(token) => out.push(token),
+                Err(error) => {
+                    (avail, free, result) = (from, before, Err(error));
+                    break;
+                }
+            }
         }
-        Ok(())
+        (self.avail, self.outstanding) = (avail, size - free);
+        result
     }
 
-    /// Writes a used descriptor for a chain of `descriptors`. The driver sees it after [`PackedDevice::publish`].
+    /// Gives chains back. The driver sees them after [`PackedDevice::publish`].
     #[inline(always)]
-    pub fn push_used(&mut self, id: u16, descriptors: u16, written: u32) {
-        let at = usize::from(self.used.offset) * DESC_BYTES;
-        self.ring.u32(at + 8).store(written, Ordering::Relaxed);
-        self.ring.u16(at + 12).store(id, Ordering::Relaxed);
-        let state = if self.used.wrap { AVAIL | USED } else { 0 };
-        let flags = state | if written > 0 { WRITE } else { 0 };
-        // The driver looks at used descriptors in order, so holding back the first one's flags holds back all.
-        if self.first.is_none() {
-            self.first = Some((at, flags));
-        } else {
-            self.ring.u16(at + 14).store(flags, Ordering::Release);
+    pub(crate) fn push_used(&mut self, chains: &mut Chains, burst: impl Iterator<Item = Used>) {
+        let (ring, size) = (self.descriptors(), self.size);
+        let (mut used, mut first, mut given_back) = (self.used, self.first, 0);
+        for Used { token, written } in burst {
+            let (id, descriptors) = chains.release(token);
+            let at = used.offset;
+            ring.u32(at, 8).store(written, Ordering::Relaxed);
+            ring.u16(at, 12).store(id, Ordering::Relaxed);
+            let state = if used.wrap { AVAIL | USED } else { 0 };
+            let flags = state | if written > 0 { WRITE } else { 0 };
+            // The driver looks at used descriptors in order, so holding back the first one's flags holds back all.
+            if first.is_none() {
+                first = Some((at, flags));
+            } else {
+                ring.u16(at, 14).store(flags, Ordering::Release);
+            }
+            used.advance(descriptors, size);
+            given_back += descriptors;
         }
-        self.used.advance(descriptors, self.size);
-        self.outstanding -= descriptors;
-        self.unannounced = self.unannounced.saturating_add(descriptors);
+        (self.used, self.first) = (used, first);
+        self.outstanding -= given_back;
+        self.unannounced = self.unannounced.saturating_add(given_back);
     }
 
-    /// Whether used descriptors wait to be published.
+    /// Shows the driver all used descriptors, by one store; false if there was none.
     #[inline(always)]
-    #[must_use]
-    pub fn has_unpublished(&self) -> bool {
-        self.first.is_some()
-    }
-
-    /// Shows the driver all used descriptors, by one store.
-    #[inline(always)]
-    pub fn publish(&mut self) {
-        if let Some((at, flags)) = self.first.take() {
-            self.ring.u16(at + 14).store(flags, Ordering::Release);
-        }
+    pub fn publish(&mut self) -> bool {
+        let Some((at, flags)) = self.first.take() else { return false };
+        self.flags(at).store(flags, Ordering::Release);
+        true
     }
 
     /// Whether the driver wants a call for what was published since the last time this was asked.
@@ -194,50 +211,59 @@ impl PackedDevice {
     }
 
     #[inline(always)]
-    pub(super) fn flags(&self, offset: u16) -> &core::sync::atomic::AtomicU16 {
-        self.ring.u16(usize::from(offset) * DESC_BYTES + 14)
+    pub(crate) fn descriptors(&self) -> Descriptors<'_> {
+        self.ring.entries(0, self.size)
     }
 
-    /// Whether the descriptor at `offset` is as the driver made it available, with its wrap counter at `wrap`: it has not
-    /// been given back in that lap, nor made available in the next.
     #[inline(always)]
-    pub(crate) fn is_available_at(&self, offset: u16, wrap: bool) -> bool {
-        let flags = self.flags(offset).load(Ordering::Acquire);
-        (flags & AVAIL != 0) == wrap && (flags & USED != 0) != wrap
+    pub(super) fn flags(&self, offset: u16) -> &core::sync::atomic::AtomicU16 {
+        self.descriptors().u16(offset, 14)
     }
 
     #[inline(always)]
     fn is_available(&self) -> bool {
-        self.is_available_at(self.avail.offset, self.avail.wrap)
+        is_available_at(self.descriptors(), self.avail)
     }
+}
 
-    /// Reads the chain at the next available position; returns how many ring descriptors it has.
+/// Whether the descriptor is as the driver made it available, with its wrap counter as in the position: it has not been
+/// given back in that lap, nor made available in the next.
+#[inline(always)]
+pub(super) fn is_available_at(ring: Descriptors<'_>, Position { offset, wrap }: Position) -> bool {
+    let flags = ring.u16(offset, 14).load(Ordering::Acquire);
+    (flags & AVAIL != 0) == wrap && (flags & USED != 0) != wrap
+}
+
+/// The way along a chain: from one descriptor to the next.
+struct PackedWalk<'a> {
+    ring: Descriptors<'a>,
+    size: u16,
+    /// Where it begins, and then where it has ended.
+    avail: &'a mut Position,
+    /// Descriptors that can be available, not 0; then less the chain's.
+    free: &'a mut u16,
+}
+
+impl Walk for PackedWalk<'_> {
     #[inline(always)]
-    fn take(&self, chains: &mut Chains) -> Result<(Token, u16), RingError> {
-        let (head, size) = (self.avail.offset, self.size);
-        // Descriptors still in flight cannot be available again, whatever their flags say.
-        let limit = size - self.outstanding;
-        if limit == 0 {
-            return Err(RingError::TooManyChains { size });
-        }
-        let mut count = 0;
-        let token = chains.take(head, |builder| {
-            let mut at = self.avail;
-            while count < limit {
-                let descriptor = Descriptor::load(&self.ring, at.offset);
-                let flags = descriptor.fourth;
-                builder.push(descriptor, flags, true)?;
-                count += 1;
-                at.advance(1, size);
-                if flags & NEXT == 0 {
-                    // The last descriptor carries the buffer id (section 2.8.6).
-                    builder.slot.id = descriptor.third;
-                    builder.slot.descriptors = count;
-                    return Ok(());
-                }
+    fn walk(self, chain: &mut ChainBuilder<'_>) -> Result<(), RingError> {
+        let Self { ring, size, .. } = self;
+        let limit = u32::from(*self.free).min(DESCRIPTORS_PER_CHAIN_MAX);
+        let mut at = *self.avail;
+        for before in 0..limit {
+            let descriptor = Descriptor::load(ring, at.offset);
+            let flags = descriptor.fourth;
+            chain.push(descriptor, flags, true, before)?;
+            at.advance(1, size);
+            if flags & NEXT == 0 {
+                // The last descriptor carries the buffer id (section 2.8.6).
+                chain.slot.id = descriptor.third;
+                chain.slot.descriptors = before as u16 + 1;
+                *self.free -= before as u16 + 1;
+                *self.avail = at;
+                return Ok(());
             }
-            Err(RingError::ChainTooLong { head, limit: limit.into() })
-        })?;
-        Ok((token, count))
+        }
+        Err(RingError::ChainTooLong { head: self.avail.offset, limit })
     }
 }

@@ -3,8 +3,9 @@
 
 use core::sync::atomic::Ordering;
 
+use super::chain::{ChainBuilder, DESCRIPTORS_PER_CHAIN_MAX};
 use super::descriptor::{AVAIL, USED};
-use super::packed_device::Position;
+use super::packed_device::{Position, is_available_at};
 use super::{Chains, Descriptor, PackedDevice, RingError, RingState, Token};
 
 impl Descriptor {
@@ -30,10 +31,9 @@ impl Chains {
 }
 
 impl PackedDevice {
-    /// The descriptor at `offset`, as it stands in memory.
-    #[inline(always)]
-    pub(crate) fn descriptor(&self, offset: u16) -> Descriptor {
-        Descriptor::load(&self.ring, offset)
+    /// Whether the descriptor at `offset` is as the driver made it available, with its wrap counter at `wrap`.
+    pub(crate) fn is_available_at(&self, offset: u16, wrap: bool) -> bool {
+        is_available_at(self.descriptors(), Position { offset, wrap })
     }
 
     /// Takes back used descriptors that were written behind `used` and never published, `outstanding` of them at most,
@@ -53,9 +53,9 @@ impl PackedDevice {
     /// # Errors
     /// The chain is malformed.
     pub(crate) fn take_copies(copies: &[Descriptor], chains: &mut Chains) -> Result<Token, RingError> {
-        chains.take(0, |builder| {
-            for copy in copies {
-                builder.push(*copy, copy.flags_packed(), true)?;
+        chains.take(0, |builder: &mut ChainBuilder<'_>| {
+            for (before, copy) in (0..DESCRIPTORS_PER_CHAIN_MAX).zip(copies) {
+                builder.push(*copy, copy.flags_packed(), true, before)?;
                 builder.slot.id = copy.id_packed();
             }
             builder.slot.descriptors = copies.len() as u16;

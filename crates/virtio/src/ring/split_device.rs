@@ -5,9 +5,11 @@ use core::sync::atomic::{Ordering, fence};
 
 use crate::memory::{Area, Memory};
 
-use super::chain::{CHAINS_PER_BURST_MAX, Chains, Token};
+use super::chain::{
+    CHAINS_PER_BURST_MAX, ChainBuilder, Chains, DESCRIPTORS_PER_CHAIN_MAX, Token, Used, Walk,
+};
 use super::descriptor::{Descriptor, NEXT};
-use super::layout::{DESC_BYTES, avail_bytes, used_bytes};
+use super::layout::{DESC_BYTES, Descriptors, avail_bytes, used_bytes};
 use super::{RING_SIZE_MAX, RingConfig, RingError, RingState, need_event};
 
 /// Available ring flag: the driver does not want calls.
@@ -82,7 +84,8 @@ impl SplitDevice {
     ///
     /// # Errors
     /// The ring is broken. Chains taken before the fault are in `out` and can be completed.
-    #[inline(always)]
+    // A function of its own: inlined, it would share the registers with all the device does.
+    #[inline(never)]
     pub fn pop(&mut self, max: usize, chains: &mut Chains, out: &mut Vec<Token>) -> Result<(), RingError> {
         let waiting = self.waiting()?;
         if waiting == 0 {
@@ -91,14 +94,17 @@ impl SplitDevice {
         let count = usize::from(waiting).min(max).min(CHAINS_PER_BURST_MAX);
         let mut heads = [0; CHAINS_PER_BURST_MAX];
         let heads = &mut heads[..count];
+        let size = self.size;
+        let (avail, desc) = (self.avail.entries::<2, 2>(4, size), self.desc.entries(0, size));
         // All descriptors are asked for before the first is needed, so that their cache misses overlap.
         for (i, head) in heads.iter_mut().enumerate() {
-            let entry = self.avail_next.wrapping_add(i as u16) & (self.size - 1);
-            *head = self.avail.u16(4 + 2 * usize::from(entry)).load(Ordering::Relaxed);
-            self.desc.prefetch(usize::from(*head) * DESC_BYTES);
+            let entry = self.avail_next.wrapping_add(i as u16) & (size - 1);
+            *head = avail.u16(entry, 0).load(Ordering::Relaxed);
+            desc.prefetch(*head);
         }
         for &head in &*heads {
-            out.push(self.take(head, chains)?);
+            let token = take(desc, size, head, chains)?;
+            out.push(token);
             self.avail_next = self.avail_next.wrapping_add(1);
         }
         Ok(())
@@ -108,50 +114,32 @@ impl SplitDevice {
     ///
     /// # Errors
     /// The chain is malformed.
-    #[inline(always)]
     pub fn take(&self, head: u16, chains: &mut Chains) -> Result<Token, RingError> {
-        let size = self.size;
-        if head >= size {
-            return Err(RingError::BadHead { head, size });
+        take(self.desc.entries(0, self.size), self.size, head, chains)
+    }
+
+    /// Gives chains back. The driver sees them after [`SplitDevice::publish`].
+    #[inline(always)]
+    pub(crate) fn push_used(&mut self, chains: &mut Chains, burst: impl Iterator<Item = Used>) {
+        let (used, mask) = (self.used.entries::<8, 4>(4, self.size), self.size - 1);
+        let mut next = self.used_next;
+        for Used { token, written } in burst {
+            let (id, _) = chains.release(token);
+            used.u32(next & mask, 0).store(id.into(), Ordering::Relaxed);
+            used.u32(next & mask, 4).store(written, Ordering::Relaxed);
+            next = next.wrapping_add(1);
         }
-        chains.take(head, |builder| {
-            let mut index = head;
-            for _ in 0..size {
-                let descriptor = Descriptor::load(&self.desc, index);
-                let flags = descriptor.third;
-                builder.push(descriptor, flags, false)?;
-                if flags & NEXT == 0 {
-                    return Ok(());
-                }
-                index = descriptor.fourth;
-                if index >= size {
-                    return Err(RingError::BadNext { head, next: index, size: size.into() });
-                }
-            }
-            Err(RingError::ChainTooLong { head, limit: size.into() })
-        })
+        self.used_next = next;
     }
 
-    /// Writes a used entry. The driver sees it after [`SplitDevice::publish`].
+    /// Shows the driver all used entries, by one store; false if there was none.
     #[inline(always)]
-    pub fn push_used(&mut self, id: u16, written: u32) {
-        let at = 4 + 8 * usize::from(self.used_next & (self.size - 1));
-        self.used.u32(at).store(id.into(), Ordering::Relaxed);
-        self.used.u32(at + 4).store(written, Ordering::Relaxed);
-        self.used_next = self.used_next.wrapping_add(1);
-    }
-
-    /// Used entries written and not yet published.
-    #[inline(always)]
-    #[must_use]
-    pub fn unpublished(&self) -> u16 {
-        self.used_next.wrapping_sub(self.used_published)
-    }
-
-    /// Shows the driver all used entries, by one store.
-    #[inline(always)]
-    pub fn publish(&mut self) {
+    pub fn publish(&mut self) -> bool {
+        if self.used_next == self.used_published {
+            return false;
+        }
         self.used.u16(2).store(self.used_next, Ordering::Release);
+        true
     }
 
     /// Whether the driver wants a call for what was published since the last time this was asked.
@@ -218,4 +206,41 @@ impl SplitDevice {
         }
         Ok(self.avail_seen.wrapping_sub(self.avail_next))
     }
+}
+
+/// The way along a chain: from `head` on by the descriptors' `next`.
+struct SplitWalk<'a> {
+    desc: Descriptors<'a>,
+    size: u16,
+    head: u16,
+}
+
+impl Walk for SplitWalk<'_> {
+    #[inline(always)]
+    fn walk(self, chain: &mut ChainBuilder<'_>) -> Result<(), RingError> {
+        let Self { desc, size, head } = self;
+        let limit = u32::from(size).min(DESCRIPTORS_PER_CHAIN_MAX);
+        let mut index = head;
+        for before in 0..limit {
+            let descriptor = Descriptor::load(desc, index);
+            let flags = descriptor.third;
+            chain.push(descriptor, flags, false, before)?;
+            if flags & NEXT == 0 {
+                return Ok(());
+            }
+            index = descriptor.fourth;
+            if index >= size {
+                return Err(RingError::BadNext { head, next: index, size: size.into() });
+            }
+        }
+        Err(RingError::ChainTooLong { head, limit })
+    }
+}
+
+#[inline(always)]
+fn take(desc: Descriptors<'_>, size: u16, head: u16, chains: &mut Chains) -> Result<Token, RingError> {
+    if head >= size {
+        return Err(RingError::BadHead { head, size });
+    }
+    chains.take(head, SplitWalk { desc, size, head })
 }

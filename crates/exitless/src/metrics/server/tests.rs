@@ -7,7 +7,7 @@ use std::path::PathBuf;
 
 use super::*;
 
-const LONG: Duration = Duration::from_secs(60);
+const LONG: Duration = Duration::from_secs(180);
 const SCRAPE: &[u8] = b"GET /metrics HTTP/1.1\r\nHost: here\r\n\r\n";
 
 /// A server at a Unix socket in a folder of its own, whose page is what `page` says.

@@ -24,7 +24,9 @@ fn chains() -> Chains {
 
 fn take(chains: &mut Chains, descriptors: u32) -> Result<Token, RingError> {
     let byte = Descriptor { addr: GuestAddr(0), len: 1, third: 0, fourth: 0 };
-    chains.take(0, |chain| (0..descriptors).try_for_each(|_| chain.push(byte, 0, false)))
+    chains.take(0, |chain: &mut ChainBuilder<'_>| {
+        (0..descriptors).try_for_each(|_| chain.push(byte, 0, false, 0))
+    })
 }
 
 fn room(chains: &Chains) -> usize {
@@ -36,7 +38,9 @@ fn the_longest_chains_leave_no_more_room_behind_than_is_kept() {
     let mut chains = chains();
     let all: Vec<_> = (0..RING.size).map(|_| take(&mut chains, DESCRIPTORS_PER_CHAIN_MAX).unwrap()).collect();
     assert!(room(&chains) >= usize::from(RING.size) * DESCRIPTORS_PER_CHAIN_MAX as usize);
-    all.into_iter().for_each(|token| chains.release(token));
+    for token in all {
+        chains.release(token);
+    }
     assert!(room(&chains) <= usize::from(RING.size) * SEGMENTS_KEPT_MAX);
     for _ in 0..RING.size {
         assert!(take(&mut chains, DESCRIPTORS_PER_CHAIN_MAX + 1).is_err());
