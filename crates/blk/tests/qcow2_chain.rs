@@ -9,7 +9,6 @@ use std::process::Command;
 use std::sync::Arc;
 
 use blk::Backend;
-use blk::backends::file::{Engine, Lock};
 use blk::backends::qcow2::{Qcow2, Qcow2Options};
 use fake::{Rig, Ring};
 use qcow2::create::{NewImage, create};
@@ -17,9 +16,14 @@ use qcow2::header::Compression;
 use qcow2::layout::Layout;
 
 const BYTES: u64 = 1 << 20;
-const FOLLOW: Qcow2Options = Qcow2Options { backing: true, ..DEFAULT };
-const DEFAULT: Qcow2Options =
-    Qcow2Options { read_only: false, direct: false, engine: Engine::Auto, backing: false, lock: Lock::On };
+
+fn plainly() -> Qcow2Options {
+    Qcow2Options::default()
+}
+
+fn follow() -> Qcow2Options {
+    Qcow2Options { backing: true, ..plainly() }
+}
 
 struct Folder(PathBuf);
 
@@ -87,7 +91,7 @@ fn refused(image: &Path, options: Qcow2Options, why: &[&str]) {
 }
 
 fn read(image: &Path, sector: u64) -> u8 {
-    let disk = Qcow2::open(image, FOLLOW).unwrap();
+    let disk = Qcow2::open(image, follow()).unwrap();
     let data = Rig::new(Arc::new(disk), Ring::SPLIT).read(sector, 512);
     assert!(data.iter().all(|&byte| byte == data[0]));
     data[0]
@@ -107,12 +111,12 @@ fn names_with_protocols_are_refused() {
     ] {
         for format in ["raw", "qcow2"] {
             let image = folder.image("a", Some((name, format)));
-            refused(&image, FOLLOW, &["protocols", name.split(':').next().unwrap()]);
+            refused(&image, follow(), &["protocols", name.split(':').next().unwrap()]);
         }
         let layout = Layout { external_data: true, ..plain().layout };
         let image =
             folder.new_image("a", NewImage { layout, data_file: Some((name.into(), false)), ..plain() });
-        refused(&image, FOLLOW, &["protocols"]);
+        refused(&image, follow(), &["protocols"]);
     }
     // A colon behind a slash is a part of a path.
     folder.raw("x:y", 3, BYTES);
@@ -123,30 +127,30 @@ fn names_with_protocols_are_refused() {
 fn nothing_is_followed_unless_that_is_allowed() {
     let folder = Folder::new("not-followed");
     folder.raw("base", 3, BYTES);
-    refused(&folder.image("a", Some(("base", "raw"))), DEFAULT, &["\"base\"", "backing=on"]);
+    refused(&folder.image("a", Some(("base", "raw"))), plainly(), &["\"base\"", "backing=on"]);
     let layout = Layout { external_data: true, ..plain().layout };
     let image =
         folder.new_image("b", NewImage { layout, data_file: Some(("base".into(), false)), ..plain() });
-    refused(&image, DEFAULT, &["\"base\"", "backing=on"]);
+    refused(&image, plainly(), &["\"base\"", "backing=on"]);
 }
 
 #[test]
 fn loops_are_refused_by_name() {
     let folder = Folder::new("loops");
-    refused(&folder.image("self", Some(("self", "qcow2"))), FOLLOW, &["self", "loop"]);
+    refused(&folder.image("self", Some(("self", "qcow2"))), follow(), &["self", "loop"]);
     let a = folder.image("a", Some(("b", "qcow2")));
     folder.image("b", Some(("c", "qcow2")));
     folder.image("c", Some(("a", "qcow2")));
-    refused(&a, FOLLOW, &["/a:", "loop", "backing file of", "/c)"]);
+    refused(&a, follow(), &["/a:", "loop", "backing file of", "/c)"]);
     // By other names.
     symlink("d", folder.at("link")).unwrap();
-    refused(&folder.image("d", Some(("link", "qcow2"))), FOLLOW, &["loop"]);
+    refused(&folder.image("d", Some(("link", "qcow2"))), follow(), &["loop"]);
     let e = folder.image("e", Some(("hard", "raw")));
     std::fs::hard_link(&e, folder.at("hard")).unwrap();
-    refused(&e, FOLLOW, &["loop"]);
+    refused(&e, follow(), &["loop"]);
     let layout = Layout { external_data: true, ..plain().layout };
     let f = folder.new_image("f", NewImage { layout, data_file: Some(("f".into(), false)), ..plain() });
-    refused(&f, FOLLOW, &["loop", "data file of"]);
+    refused(&f, follow(), &["loop", "data file of"]);
 }
 
 #[test]
@@ -158,11 +162,11 @@ fn what_is_neither_a_file_nor_a_block_device_is_refused_without_waiting_for_it()
     for name in ["folder", "fifo", "socket", "/dev/null", "/dev/zero"] {
         for format in ["raw", "qcow2"] {
             let image = folder.image("a", Some((name, format)));
-            refused(&image, FOLLOW, &[name, "regular file or a block device"]);
+            refused(&image, follow(), &[name, "regular file or a block device"]);
         }
-        refused(&folder.at(name), FOLLOW, &[name, "regular file or a block device"]);
+        refused(&folder.at(name), follow(), &[name, "regular file or a block device"]);
     }
-    refused(&folder.image("a", Some(("missing", "raw"))), FOLLOW, &["missing", "No such file"]);
+    refused(&folder.image("a", Some(("missing", "raw"))), follow(), &["missing", "No such file"]);
 }
 
 #[test]
@@ -175,7 +179,7 @@ fn a_chain_has_a_limit() {
         folder.image(&name(layer), Some((&name(layer - 1), format)));
     }
     assert_eq!(read(&folder.at("63"), 5), 9, "64 layers");
-    refused(&folder.at("64"), FOLLOW, &["64 layers"]);
+    refused(&folder.at("64"), follow(), &["64 layers"]);
 }
 
 #[test]
@@ -199,15 +203,15 @@ fn formats_are_what_is_said_and_else_what_the_file_begins_with() {
     // A guest's raw disk with a header on it is what it is said to be.
     assert_eq!(
         Rig::new(
-            Arc::new(Qcow2::open(&folder.image("a", Some(("inner", "raw"))), FOLLOW).unwrap()),
+            Arc::new(Qcow2::open(&folder.image("a", Some(("inner", "raw"))), follow()).unwrap()),
             Ring::SPLIT
         )
         .read(0, 512)[..4],
         *b"QFI\xfb"
     );
-    refused(&folder.image("a", Some(("inner", "vmdk"))), FOLLOW, &["\"vmdk\"", "raw and qcow2"]);
+    refused(&folder.image("a", Some(("inner", "vmdk"))), follow(), &["\"vmdk\"", "raw and qcow2"]);
     folder.raw("raw", 4, BYTES);
-    refused(&folder.image("a", Some(("raw", "qcow2"))), FOLLOW, &["raw", "is no qcow2 image"]);
+    refused(&folder.image("a", Some(("raw", "qcow2"))), follow(), &["raw", "is no qcow2 image"]);
     // The extension with the format, which is the first, becomes one of an unknown type.
     let unsaid = |name: &str, format: &str| {
         let image = folder.image("a", Some((name, format)));
@@ -217,7 +221,7 @@ fn formats_are_what_is_said_and_else_what_the_file_begins_with() {
     assert_eq!(read(&unsaid("raw", "qcow2"), 0), 4);
     assert_eq!(read(&unsaid("inner", "raw"), 0), 0);
     folder.image("inner", Some(("raw", "raw")));
-    refused(&unsaid("inner", "raw"), FOLLOW, &[inner.to_str().unwrap(), "names another file"]);
+    refused(&unsaid("inner", "raw"), follow(), &[inner.to_str().unwrap(), "names another file"]);
 }
 
 #[test]
@@ -238,13 +242,13 @@ fn encryption_and_unknown_features_are_refused_by_name() {
     for (method, name) in [(1, "AES"), (2, "LUKS")] {
         let image = folder.image("a", None);
         put(&image, 35, &[method]);
-        refused(&image, DEFAULT, &["encrypted", name]);
+        refused(&image, plainly(), &["encrypted", name]);
         folder.image("b", Some(("a", "qcow2")));
-        refused(&folder.at("b"), FOLLOW, &["encrypted", "backing file of"]);
+        refused(&folder.at("b"), follow(), &["encrypted", "backing file of"]);
     }
     let image = folder.image("a", None);
     put(&image, 78, &[1]);
-    refused(&image, DEFAULT, &["bit 8"]);
+    refused(&image, plainly(), &["bit 8"]);
 }
 
 #[test]
@@ -254,18 +258,18 @@ fn a_data_file_is_opened_with_its_image() {
     let layout = Layout { external_data: true, ..plain().layout };
     let new = NewImage { layout, data_file: Some(("data".into(), true)), ..plain() };
     let image = folder.new_image("a", new);
-    assert!(Qcow2::open(&image, FOLLOW).is_ok());
+    assert!(Qcow2::open(&image, follow()).is_ok());
     std::fs::remove_file(folder.at("data")).unwrap();
-    refused(&image, FOLLOW, &["data", "No such file", "data file of"]);
+    refused(&image, follow(), &["data", "No such file", "data file of"]);
 }
 
 #[test]
 fn a_disk_has_at_least_a_sector() {
     let folder = Folder::new("small");
     let image = folder.new_image("a", NewImage { disk_bytes: 0, ..plain() });
-    refused(&image, DEFAULT, &["0 bytes", "at least 512"]);
+    refused(&image, plainly(), &["0 bytes", "at least 512"]);
     assert_eq!(
-        Qcow2::open(&folder.new_image("a", NewImage { disk_bytes: 512, ..plain() }), DEFAULT)
+        Qcow2::open(&folder.new_image("a", NewImage { disk_bytes: 512, ..plain() }), plainly())
             .unwrap()
             .geometry()
             .bytes,

@@ -382,6 +382,13 @@ impl Header {
     }
 }
 
+/// Size of a cluster in bytes, of which the first is all that may belong to a header, by its first bytes; the least if they
+/// do not say.
+pub(crate) fn cluster_bytes(bytes: &[u8]) -> u64 {
+    let bits = if bytes.len() < V2_BYTES { 0 } else { u32_at(bytes, at::CLUSTER_BITS) };
+    1 << if bits > CLUSTER_BITS_MAX { CLUSTER_BITS_MIN } else { bits.max(CLUSTER_BITS_MIN) }
+}
+
 fn check_layout(layout: &Layout) -> Result<(), FormatError> {
     let least = if layout.extended { EXTENDED_CLUSTER_BITS_MIN } else { CLUSTER_BITS_MIN };
     if !(least..=CLUSTER_BITS_MAX).contains(&layout.cluster_bits) {

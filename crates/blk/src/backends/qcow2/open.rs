@@ -252,7 +252,7 @@ impl Opening {
 }
 
 fn failed(path: &Path, error: &dyn Display) -> BackendError {
-    BackendError(format!("opening qcow2 image {}: {error}", path.display()))
+    BackendError(format!("opening {}: {error}", path.display()))
 }
 
 #[cfg(test)]

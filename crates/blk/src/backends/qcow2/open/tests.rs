@@ -12,14 +12,24 @@ use qcow2::layout::Layout;
 
 use super::super::check::check;
 use super::*;
-use crate::backends::file::Engine;
 
 const BYTES: u64 = 1 << 20;
-const FOLLOW: Qcow2Options = Qcow2Options { backing: true, ..DEFAULT };
-const READ_ONLY: Qcow2Options = Qcow2Options { read_only: true, ..FOLLOW };
-const LATE: Qcow2Options = Qcow2Options { lock: Lock::Late, ..FOLLOW };
-const DEFAULT: Qcow2Options =
-    Qcow2Options { read_only: false, direct: false, engine: Engine::Auto, backing: false, lock: Lock::On };
+
+fn plainly() -> Qcow2Options {
+    Qcow2Options::default()
+}
+
+fn follow() -> Qcow2Options {
+    Qcow2Options { backing: true, ..plainly() }
+}
+
+fn read_only() -> Qcow2Options {
+    Qcow2Options { read_only: true, ..follow() }
+}
+
+fn late() -> Qcow2Options {
+    Qcow2Options { lock: Lock::Late, ..follow() }
+}
 
 struct Folder(PathBuf);
 
@@ -77,10 +87,10 @@ fn a_corrupt_image_can_only_be_read() {
     let folder = Folder::new("corrupt");
     let image = folder.image("a", 3, None);
     put(&image, 79, &[2]);
-    refused(&image, DEFAULT, "marked corrupt");
-    assert!(open(&image, READ_ONLY).is_ok());
+    refused(&image, plainly(), "marked corrupt");
+    assert!(open(&image, read_only()).is_ok());
     assert_eq!(get(&image, 79), 2);
-    assert_eq!(open(&folder.image("b", 3, Some("a")), FOLLOW).unwrap().layers.len(), 2);
+    assert_eq!(open(&folder.image("b", 3, Some("a")), follow()).unwrap().layers.len(), 2);
 }
 
 #[test]
@@ -95,20 +105,20 @@ fn a_dirty_image_is_repaired_when_it_is_opened_for_writing() {
         assert_eq!((before.corruptions, before.leaks), (1, 1));
         if version == 2 {
             // It cannot say that it is dirty, and is taken to be sound.
-            drop(open(&image, DEFAULT).unwrap());
+            drop(open(&image, plainly()).unwrap());
             assert_eq!(check(&image, false).unwrap(), before);
             continue;
         }
         put(&image, 79, &[1]);
-        drop(open(&image, READ_ONLY).unwrap());
+        drop(open(&image, read_only()).unwrap());
         assert_eq!((get(&image, 79), check(&image, false).unwrap()), (1, before));
-        drop(open(&image, DEFAULT).unwrap());
+        drop(open(&image, plainly()).unwrap());
         let after = check(&image, false).unwrap();
         assert_eq!((get(&image, 79), after.corruptions, after.leaks), (0, 0, 0));
         // More is wrong than refcounts: an L1 entry leads into the refcount table.
         put(&image, 79, &[1]);
         put(&image, 3 << 16, &[0x80, 0, 0, 0, 0, 1, 0, 0]);
-        refused(&image, DEFAULT, "more is wrong than refcounts");
+        refused(&image, plainly(), "more is wrong than refcounts");
         assert_eq!(get(&image, 79), 1);
     }
 }
@@ -118,9 +128,9 @@ fn features_that_are_cleared_by_who_does_not_know_them_are() {
     let folder = Folder::new("autoclear");
     let image = folder.image("a", 3, None);
     put(&image, 88, &[0, 0, 0, 0, 0, 0, 0, 0x84]);
-    drop(open(&image, READ_ONLY).unwrap());
+    drop(open(&image, read_only()).unwrap());
     assert_eq!(get(&image, 95), 0x84);
-    drop(open(&image, DEFAULT).unwrap());
+    drop(open(&image, plainly()).unwrap());
     assert_eq!(get(&image, 95), 0);
 }
 
@@ -142,16 +152,16 @@ fn bitmaps_are_inconsistent_for_qemu_and_leak_nothing() {
     for name in ["one", "another"] {
         qemu_img(&["bitmap", "--add", path, name]);
     }
-    drop(open(&image, READ_ONLY).unwrap());
+    drop(open(&image, read_only()).unwrap());
     let in_use = || qemu_img(&["info", "--output=json", path]).matches("\"in-use\"").count();
     assert_eq!(in_use(), 0);
-    drop(open(&image, DEFAULT).unwrap());
+    drop(open(&image, plainly()).unwrap());
     assert_eq!(in_use(), 2);
     qemu_img(&["check", path]);
     assert_eq!(check(&image, false).unwrap().leaks, 0);
     // They go as those do that QEMU itself left so.
     qemu_img(&["bitmap", "--remove", path, "one"]);
-    drop(open(&image, DEFAULT).unwrap());
+    drop(open(&image, plainly()).unwrap());
     assert_eq!(in_use(), 1);
 }
 
@@ -160,8 +170,8 @@ fn an_image_that_is_opened_late_is_read_again_and_made_ready_when_it_is_locked()
     let folder = Folder::new("late");
     folder.image("base", 3, None);
     let image = folder.image("a", 3, Some("base"));
-    let source = open(&image, FOLLOW).unwrap();
-    let mut target = open(&image, LATE).unwrap();
+    let source = open(&image, follow()).unwrap();
+    let mut target = open(&image, late()).unwrap();
     let queue = source.hold(Duration::ZERO).unwrap();
     assert!(target.hold(Duration::ZERO).unwrap_err().to_string().contains("another process uses it"));
     // What the source does meanwhile: the disk grows, and it is left dirty.
@@ -170,15 +180,15 @@ fn an_image_that_is_opened_late_is_read_again_and_made_ready_when_it_is_locked()
     drop(queue);
     let holds = target.hold(Duration::ZERO).unwrap();
     drop(source);
-    prepare(&mut target, LATE).unwrap();
+    prepare(&mut target, late()).unwrap();
     assert_eq!((target.layers[0].disk_bytes(), get(&image, 79)), (2 * BYTES, 0));
     // Now it is the target's.
-    let other = open(&image, LATE).unwrap();
+    let other = open(&image, late()).unwrap();
     assert!(other.hold(Duration::ZERO).is_err());
     drop(holds);
-    drop(open(&image, FOLLOW).unwrap());
+    drop(open(&image, follow()).unwrap());
     // Another image by the same name is not taken over.
     put(&image, 112 + 8, b"qcow3");
-    let error = prepare(&mut target, LATE).unwrap_err().to_string();
+    let error = prepare(&mut target, late()).unwrap_err().to_string();
     assert!(error.contains("made anew"), "{error}");
 }
