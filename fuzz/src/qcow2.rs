@@ -7,7 +7,9 @@ use qcow2::check::check;
 use qcow2::create::{NewImage, create};
 use qcow2::header::Compression;
 use qcow2::image::ReadAt;
+use qcow2::inflate::Inflater;
 use qcow2::layout::Layout;
+use qcow2::prepare::for_writing;
 use qcow2::repair::{WriteAt, repair};
 
 use crate::input::Input;
@@ -123,6 +125,15 @@ fn any_word(input: &mut Input<'_>, layout: &Layout) -> u64 {
     }
 }
 
+/// Reads an input as the stream of a compressed cluster.
+fn inflate(stream: &[u8]) {
+    let mut room = vec![7; 512 + 64];
+    for compression in [Compression::Deflate, Compression::Zstd] {
+        let _ = Inflater::new(compression).inflate(stream, &mut room[..512]);
+    }
+    assert!(room[512..].iter().all(|&byte| byte == 7), "bytes beyond the cluster are written");
+}
+
 /// Reads one input as changes of an image, checks it and repairs it.
 ///
 /// # Panics
@@ -153,8 +164,11 @@ pub fn run(data: &[u8]) {
         let bytes = word.to_be_bytes();
         file.put(offset, if at.is_multiple_of(3) { &bytes } else { &bytes[4..] });
     }
+    inflate(data);
     let checked = check(&file);
     file.assert_bounded("a check");
+    let _ = for_writing(&mut file);
+    file.assert_bounded("making it ready to be written");
     let repaired = repair(&mut file).is_ok();
     file.assert_bounded("a repair");
     if checked.is_ok() && repaired {

@@ -199,8 +199,17 @@ pub trait Channel {
     /// Collects requests that are over. Does not block, and costs next to nothing if there are none.
     fn reap(&mut self, chains: &Chains, done: &mut Vec<Done>);
 
-    /// Requests started and not collected.
+    /// Requests started and not collected, and what is done for other queues. Unless none, it cannot be dropped without
+    /// harm.
     fn in_flight(&self) -> usize;
+
+    /// Whether [`Channel::reap`] has something to do though no request is in flight: for other queues of the storage.
+    fn has_work(&self) -> bool {
+        false
+    }
+
+    /// No request comes any more: nothing is to be taken on for other queues that they can do.
+    fn retire(&mut self) {}
 
     /// Whether it heeds [`Op::durable`]. If not, a write that is to be durable is followed by a flush.
     fn writes_durably(&self) -> bool {

@@ -204,6 +204,30 @@ impl FromStr for Spec {
     }
 }
 
+fn engine(value: &str) -> Result<Engine, SpecError> {
+    Ok(match value {
+        "auto" => Engine::Auto,
+        "uring" => Engine::Uring,
+        "inline" => Engine::Inline,
+        _ => {
+            let (value, allowed) = (value.to_owned(), "auto, uring or inline");
+            return Err(SpecError::Value { option: "engine", value, allowed });
+        }
+    })
+}
+
+fn lock(value: &str) -> Result<Lock, SpecError> {
+    Ok(match value {
+        "on" | "" => Lock::On,
+        "late" => Lock::Late,
+        "off" => Lock::Off,
+        _ => {
+            let (value, allowed) = (value.to_owned(), "on, late or off");
+            return Err(SpecError::Value { option: "lock", value, allowed });
+        }
+    })
+}
+
 fn file_options<'a>(given: impl Iterator<Item = (&'a str, &'a str)>) -> Result<FileOptions, SpecError> {
     let mut options = FileOptions::default();
     for (option, value) in given {
@@ -217,22 +241,8 @@ fn file_options<'a>(given: impl Iterator<Item = (&'a str, &'a str)>) -> Result<F
                     _ => return Err(bad("direct", "auto, on or off")),
                 }
             }
-            "engine" => {
-                options.engine = match value {
-                    "auto" => Engine::Auto,
-                    "uring" => Engine::Uring,
-                    "inline" => Engine::Inline,
-                    _ => return Err(bad("engine", "auto, uring or inline")),
-                }
-            }
-            "lock" => {
-                options.lock = match value {
-                    "on" | "" => Lock::On,
-                    "late" => Lock::Late,
-                    "off" => Lock::Off,
-                    _ => return Err(bad("lock", "on, late or off")),
-                }
-            }
+            "engine" => options.engine = engine(value)?,
+            "lock" => options.lock = lock(value)?,
             "fixed-buffers" => options.fixed_buffers = on_off("fixed-buffers", value)?,
             "sqpoll" => options.sqpoll_ms = Some(number("sqpoll", value, "1 to 60000 milliseconds", 60_000)?),
             _ => {
@@ -250,10 +260,10 @@ fn qcow2_options<'a>(given: impl Iterator<Item = (&'a str, &'a str)>) -> Result<
         match option {
             "direct" => options.direct = on_off("direct", value)?,
             "backing" => options.backing = on_off("backing", value)?,
-            "lock" => options.lock = on_off("lock", value)?,
-            "threads" => options.threads = number("threads", value, "1 to 64", 64)? as usize,
+            "engine" => options.engine = engine(value)?,
+            "lock" => options.lock = lock(value)?,
             _ => {
-                let allowed = "backing, direct, lock, threads";
+                let allowed = "backing, direct, engine, lock";
                 return Err(SpecError::Option { kind: "qcow2", option: option.to_owned(), allowed });
             }
         }
@@ -272,6 +282,20 @@ impl TryFrom<String> for Spec {
 impl From<Spec> for String {
     fn from(spec: Spec) -> Self {
         spec.to_string()
+    }
+}
+
+/// Writes options that files and images have, unless they have their default.
+fn write_ways(f: &mut fmt::Formatter<'_>, engine: Engine, lock: Lock) -> fmt::Result {
+    match engine {
+        Engine::Auto => {}
+        Engine::Uring => f.write_str(",engine=uring")?,
+        Engine::Inline => f.write_str(",engine=inline")?,
+    }
+    match lock {
+        Lock::On => Ok(()),
+        Lock::Late => f.write_str(",lock=late"),
+        Lock::Off => f.write_str(",lock=off"),
     }
 }
 
@@ -294,16 +318,7 @@ impl fmt::Display for Spec {
                     Direct::On => f.write_str(",direct=on")?,
                     Direct::Off => f.write_str(",direct=off")?,
                 }
-                match options.engine {
-                    Engine::Auto => {}
-                    Engine::Uring => f.write_str(",engine=uring")?,
-                    Engine::Inline => f.write_str(",engine=inline")?,
-                }
-                match options.lock {
-                    Lock::On => {}
-                    Lock::Late => f.write_str(",lock=late")?,
-                    Lock::Off => f.write_str(",lock=off")?,
-                }
+                write_ways(f, options.engine, options.lock)?;
                 if options.fixed_buffers != default.fixed_buffers {
                     write!(f, ",fixed-buffers={}", on_off(options.fixed_buffers))?;
                 }
@@ -315,17 +330,12 @@ impl fmt::Display for Spec {
                 for (name, on, default) in [
                     ("direct", options.direct, default.direct),
                     ("backing", options.backing, default.backing),
-                    ("lock", options.lock, default.lock),
                 ] {
                     if on != default {
                         write!(f, ",{name}={}", on_off(on))?;
                     }
                 }
-                if options.threads == default.threads {
-                    Ok(())
-                } else {
-                    write!(f, ",threads={}", options.threads)
-                }
+                write_ways(f, options.engine, options.lock)
             }
         }
     }
@@ -346,7 +356,8 @@ mod tests {
             "file:a,,b.img,direct=on,engine=uring,lock=off,fixed-buffers=on,sqpoll=100",
             "file:x,direct=off,engine=inline,lock=late",
             "qcow2:/images/a.qcow2",
-            "qcow2:a,direct=on,backing=on,lock=off,threads=8",
+            "qcow2:a,direct=on,backing=on,engine=inline,lock=late",
+            "qcow2:a,lock=off",
         ] {
             assert_eq!(line.parse::<Spec>().unwrap().to_string(), line);
         }
@@ -392,7 +403,6 @@ mod tests {
             ("file:x,sqpoll=0", "1 to 60000"),
             ("file:x,lock=maybe", "on, late or off"),
             ("file:x,cache=none", "direct, engine"),
-            ("qcow2:x,threads=65", "1 to 64"),
         ] {
             let message = line.parse::<Spec>().unwrap_err().to_string();
             assert!(message.contains(hint), "{line}: {message}");

@@ -241,7 +241,7 @@ impl Worker {
     /// Collects what the channel has done.
     #[inline(always)]
     fn reap(&mut self) {
-        if self.started > 0 {
+        if self.started > 0 || self.channel.has_work() {
             let done = self.done.len();
             self.channel.reap(self.queue.chains(), &mut self.done);
             self.started -= self.done.len() - done;
@@ -345,14 +345,15 @@ impl Poller for Worker {
     }
 
     fn awaits_completion(&self) -> bool {
-        self.started > 0
+        self.started > 0 || self.channel.has_work()
     }
 
     fn drain(&mut self, _now: Ticks) -> bool {
+        self.channel.retire();
         self.reap();
         self.submit();
         self.finish(DRAIN_BYTES_MAX);
-        self.queue.in_flight() == 0
+        self.queue.in_flight() == 0 && self.channel.in_flight() == 0
     }
 
     fn abandon(&mut self) -> bool {

@@ -96,8 +96,11 @@ fn cases() -> Vec<Case> {
         cases.extend(with(Direct::On, Engine::Uring, None, true));
         cases.extend(with(Direct::Auto, Engine::Uring, Some(10), false));
     }
-    let direct = Qcow2Options { direct: true, threads: 1, ..Qcow2Options::default() };
+    let direct = Qcow2Options { direct: true, ..Qcow2Options::default() };
     cases.push(qcow2_case("/dev/shm", Qcow2Options::default()));
+    cases.push(qcow2_case(env!("CARGO_TARGET_TMPDIR"), Qcow2Options::default()));
+    let engine = Engine::Inline;
+    cases.push(qcow2_case(env!("CARGO_TARGET_TMPDIR"), Qcow2Options { engine, ..Qcow2Options::default() }));
     cases.push(qcow2_case(env!("CARGO_TARGET_TMPDIR"), direct));
     cases
 }

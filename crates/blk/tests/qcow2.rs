@@ -106,9 +106,7 @@ fn what_is_no_image_is_refused() {
     let file = Scratch::new("raw");
     std::fs::write(&file.0, vec![1; 1 << 20]).unwrap();
     let error = Qcow2::open(&file.0, Qcow2Options::default()).err().unwrap().to_string();
-    assert!(error.contains("reading its header"), "{error}");
-    assert!(Qcow2::open(&file.0, Qcow2Options { threads: 0, ..Qcow2Options::default() }).is_err());
-    assert_eq!(Qcow2Options::default().threads, 4);
+    assert!(error.contains("is no qcow2 image"), "{error}");
     format_qcow2(&file.0, 3 << 20);
     assert_eq!(Qcow2::open(&file.0, Qcow2Options::default()).unwrap().geometry().bytes, 3 << 20);
 }

@@ -88,6 +88,17 @@ Examples:
     exitless bench blk --only 'null/*' --json
     exitless bench vbmq --quick";
 
+const CHECK_CODES: &str = "\
+Exit codes, as those of `qemu-img check`:
+  0  the image is sound
+  1  it could not be checked
+  2  it is corrupt, or the command line is wrong
+  3  it has leaked clusters, which only take space
+
+Examples:
+    exitless check /srv/vm1.qcow2
+    exitless check --json /srv/vm1.qcow2";
+
 const COMPLETIONS_EXAMPLES: &str = "\
 Examples:
     exitless completions bash > /usr/share/bash-completion/completions/exitless
@@ -162,6 +173,21 @@ pub enum Command {
     /// Measure this program and other servers side by side.
     #[command(after_help = BENCH_EXAMPLES)]
     Bench(bench::Args),
+    /// Check a qcow2 image: whether its tables are sound, and its refcounts right.
+    ///
+    /// The image is only read, and nobody can write it meanwhile. Files that it is backed by are not looked at.
+    #[command(after_help = CHECK_CODES)]
+    Check {
+        /// The image.
+        #[arg(value_name = "FILE")]
+        file: PathBuf,
+        /// Print one line of JSON, with the keys of `qemu-img check --output=json`.
+        #[arg(long)]
+        json: bool,
+        /// Look at an image that another process writes, too. It may look worse than it is.
+        #[arg(long, short = 'U')]
+        force_share: bool,
+    },
     /// Print a script that completes this program's options in a shell.
     #[command(after_help = COMPLETIONS_EXAMPLES)]
     Completions {

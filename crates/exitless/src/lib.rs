@@ -6,6 +6,7 @@
 
 #![warn(missing_docs)]
 
+mod check;
 pub mod cli;
 pub mod config;
 pub mod control;
@@ -48,7 +49,7 @@ pub fn main() -> ExitCode {
         }
     };
     match run(cli.command) {
-        Ok(()) => ExitCode::from(EXIT_OK),
+        Ok(code) => ExitCode::from(code),
         Err(failure) => {
             let _ = writeln!(io::stderr(), "error: {failure}");
             ExitCode::from(failure.exit_code())
@@ -56,8 +57,9 @@ pub fn main() -> ExitCode {
     }
 }
 
-fn run(command: Command) -> Result<(), Failure> {
-    match command {
+/// Carries out a command; returns the code to exit with.
+fn run(command: Command) -> Result<u8, Failure> {
+    let done = match command {
         Command::Blk { device, service } => serve(service, vec![DeviceOptions::Blk(*device)]),
         Command::Rng { device, service } => serve(service, vec![DeviceOptions::Rng(device)]),
         Command::Serve { config, service } => {
@@ -76,7 +78,13 @@ fn run(command: Command) -> Result<(), Failure> {
             clap_complete::generate(shell, &mut Cli::command(), "exitless", &mut script);
             print(&script)
         }
-    }
+        Command::Check { file, json, force_share } => {
+            log_to_stderr(LogLevel::Warn);
+            let (text, code) = check::run(&file, json, force_share)?;
+            return print(text.as_bytes()).map(|()| code);
+        }
+    };
+    done.map(|()| EXIT_OK)
 }
 
 fn serve(service: ServiceOptions, devices: Vec<DeviceOptions>) -> Result<(), Failure> {

@@ -124,7 +124,7 @@ pub struct BlkOptions {
     ///
     /// Options follow after commas; a comma in a path is written twice.
     /// `file`: direct=auto|on|off, engine=auto|uring|inline, lock=on|late|off, fixed-buffers=on|off, sqpoll=MS.
-    /// `qcow2`: direct=on|off, backing=on|off, lock=on|off, threads=COUNT. `mem`: huge=on|off.
+    /// `qcow2`: direct=on|off, backing=on|off, engine, lock. `mem`: huge=on|off.
     ///
     /// lock=on keeps the image for this service, and QEMU and its tools from writing it. lock=late opens one that another service uses, and takes it when its
     /// guest arrives by live migration. lock=off lets anybody write it at any time.

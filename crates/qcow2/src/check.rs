@@ -5,6 +5,7 @@ use std::fmt::Arguments;
 use std::io;
 use std::ops::Range;
 
+use crate::bitmaps;
 use crate::entry::{L1Entry, L2Entry, Mapping};
 use crate::header::autoclear;
 use crate::image::{Image, ImageError, ReadAt, read_words};
@@ -14,11 +15,9 @@ use crate::refcount;
 const FINDINGS_MAX: usize = 100;
 /// Clusters that are counted together: few, so that references spread over a sparse file take little memory.
 const CHUNK: u64 = 64;
-/// QEMU's limits: of the snapshot table and the bitmap directory in bytes, of a snapshot's extra data in bytes, of bitmaps.
+/// QEMU's limits: of the snapshot table in bytes, of a snapshot's extra data in bytes.
 const SNAPSHOT_TABLE_BYTES_MAX: u64 = 64 << 20;
 const SNAPSHOT_EXTRA_BYTES_MAX: u64 = 1024;
-const BITMAP_DIRECTORY_BYTES_MAX: u64 = 64 << 20;
-const BITMAPS_MAX: u32 = 65535;
 /// Entries of all bitmap tables together; QEMU's limit is as much for each.
 const BITMAP_ENTRIES_MAX: u64 = 1 << 27;
 /// Entries of a bitmap table that are read at once.
@@ -127,6 +126,7 @@ pub(crate) fn count(file: &impl ReadAt, image: &Image) -> io::Result<(Report, Co
         counts: Counts::default(),
         tables: BTreeMap::new(),
         blocks: image.refcount_table.clone(),
+        wrong: BTreeMap::new(),
     };
     check.run()?;
     Ok((check.report, check.counts))
@@ -141,6 +141,8 @@ struct Check<'a, F> {
     tables: BTreeMap<u64, Table>,
     /// The refcount blocks that can be read; 0 for none.
     blocks: Vec<u64>,
+    /// The refcounts of clusters that are referred to, where they are not the number of references.
+    wrong: BTreeMap<u64, u64>,
 }
 
 /// References to an L2 table.
@@ -316,7 +318,7 @@ impl<F: ReadAt> Check<'_, F> {
             return Ok(());
         };
         let (first, bytes) = (bitmaps.directory_offset, bitmaps.directory_bytes);
-        if bytes > BITMAP_DIRECTORY_BYTES_MAX || bitmaps.count > BITMAPS_MAX {
+        if bytes > bitmaps::DIRECTORY_BYTES_MAX || bitmaps.count > bitmaps::COUNT_MAX {
             self.report.corrupt(|| format!("{} bitmaps, in a directory of {bytes} bytes", bitmaps.count));
             return Ok(());
         }
@@ -391,6 +393,7 @@ impl<F: ReadAt> Check<'_, F> {
     /// Compares a range of which all refcounts are 0.
     fn compare_uncounted(&mut self, clusters: Range<u64>) {
         for (cluster, references) in self.counts.counted(clusters) {
+            self.wrong.insert(cluster, 0);
             self.report.wrong_refcounts += 1;
             self.report.corrupt(|| format!("cluster {cluster}: refcount 0, {references} references"));
         }
@@ -398,6 +401,9 @@ impl<F: ReadAt> Check<'_, F> {
 
     fn compare_one(&mut self, cluster: u64, said: u64) {
         let counted = self.counts.get(cluster);
+        if said != counted && counted > 0 {
+            self.wrong.insert(cluster, said);
+        }
         if said > counted {
             self.report.leaks += 1;
             self.report.tell(|| format!("leaked cluster {cluster}: refcount {said}, {counted} references"));
@@ -407,12 +413,19 @@ impl<F: ReadAt> Check<'_, F> {
         }
     }
 
-    /// An entry that says it is the only one must be; otherwise what others refer to would be written in place.
+    /// Whether a cluster's refcount is one.
+    fn is_counted_once(&self, offset: u64) -> bool {
+        let cluster = offset >> self.image.header.layout.cluster_bits;
+        self.wrong.get(&cluster).copied().unwrap_or_else(|| self.counts.get(cluster)) == 1
+    }
+
+    /// An entry that says its cluster's refcount is one must be right; otherwise what others refer to would be written in
+    /// place.
     fn compare_owned(&mut self) -> io::Result<()> {
         let layout = self.image.header.layout;
         for (index, entry) in self.image.l1.iter().enumerate() {
             let Some(offset) = entry.table().filter(|_| entry.is_valid(&layout)) else { continue };
-            if entry.is_owned() != (self.counts.get(offset >> layout.cluster_bits) == 1) {
+            if entry.is_owned() != self.is_counted_once(offset) {
                 self.report.wrong_refcounts += 1;
                 self.report.corrupt(|| format!("L1 entry {index}: its bit 63 is wrong"));
             }
@@ -421,7 +434,7 @@ impl<F: ReadAt> Check<'_, F> {
         for (offset, index) in active.map(|(&offset, table)| (offset, table.index)).collect::<Vec<_>>() {
             for (at, entry) in self.read_table(offset)?.into_iter().enumerate() {
                 let Some(host) = entry.host_cluster(&layout) else { continue };
-                let alone = layout.external_data || self.counts.get(host >> layout.cluster_bits) == 1;
+                let alone = layout.external_data || self.is_counted_once(host);
                 if entry.is_owned() != alone {
                     self.report.wrong_refcounts += 1;
                     self.report.corrupt(|| format!("L2 table {index}, entry {at}: its bit 63 is wrong"));

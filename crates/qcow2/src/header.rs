@@ -223,15 +223,6 @@ impl Header {
         self.autoclear & autoclear::RAW_DATA_FILE != 0
     }
 
-    /// The header that the image must have before it is written to; `None` if it has that already. Features that are
-    /// cleared by whoever does not know them are; persistent bitmaps, which are not kept up to date here, are no longer
-    /// said to be.
-    #[must_use]
-    pub fn for_writing(&self) -> Option<Self> {
-        let autoclear = self.autoclear & autoclear::RAW_DATA_FILE;
-        (autoclear != self.autoclear).then(|| Self { autoclear, ..self.clone() })
-    }
-
     /// Writes the fields that change in an image's life over their places in `bytes`, which holds the header as it stands
     /// in the file. All lie within the first 104 bytes, so that one sector changes.
     ///
@@ -389,6 +380,13 @@ impl Header {
         }
         Ok(())
     }
+}
+
+/// Size of a cluster in bytes, of which the first is all that may belong to a header, by its first bytes; the least if they
+/// do not say.
+pub(crate) fn cluster_bytes(bytes: &[u8]) -> u64 {
+    let bits = if bytes.len() < V2_BYTES { 0 } else { u32_at(bytes, at::CLUSTER_BITS) };
+    1 << if bits > CLUSTER_BITS_MAX { CLUSTER_BITS_MIN } else { bits.max(CLUSTER_BITS_MIN) }
 }
 
 fn check_layout(layout: &Layout) -> Result<(), FormatError> {

@@ -4,8 +4,7 @@ use std::io;
 
 use crate::entry::L1Entry;
 use crate::error::FormatError;
-use crate::header::Header;
-use crate::layout::CLUSTER_BITS_MAX;
+use crate::header::{self, Header};
 
 /// A file that can be read, by whoever does the reading.
 pub trait ReadAt {
@@ -55,9 +54,13 @@ impl Image {
     /// It is no qcow2 image, one that cannot be served, or its file cannot be read.
     pub fn read(file: &impl ReadAt) -> Result<Self, ImageError> {
         let file_bytes = file.file_bytes()?;
-        // The first cluster, of which the size is not known yet.
-        let mut first = vec![0; (1_u64 << CLUSTER_BITS_MAX).min(file_bytes) as usize];
+        let mut first = vec![0; file_bytes.min(512) as usize];
         file.read_at(0, &mut first)?;
+        let rest = header::cluster_bytes(&first).min(file_bytes) as usize;
+        if rest > first.len() {
+            first.resize(rest, 0);
+            file.read_at(0, &mut first)?;
+        }
         let header = Header::parse(&first)?;
         if first.len() < 512 {
             return Err(FormatError::Short("first cluster").into());

@@ -14,6 +14,7 @@ use qcow2::entry::{L2Entry, Mapping};
 use qcow2::error::FormatError;
 use qcow2::header::Compression;
 use qcow2::image::{Image, ImageError, ReadAt};
+use qcow2::inflate::Inflater;
 use qcow2::layout::Layout;
 use qcow2::repair::{WriteAt, repair};
 
@@ -171,6 +172,29 @@ fn assert_same_map(folder: &Path, name: &str) {
     assert!(end >= image.header.disk_bytes, "{name}: {json}");
 }
 
+/// Every compressed cluster holds what QEMU compressed.
+fn assert_inflates(folder: &Path, name: &str, raw: &str) {
+    let (file, raw) = (File::open(&folder.join(name)), File::open(&folder.join(raw)));
+    let image = Image::read(&file).unwrap();
+    let cluster_bytes = image.header.layout.cluster_bytes();
+    let mut inflater = Inflater::new(image.header.compression);
+    let (mut cluster, mut expected) = (vec![0; cluster_bytes as usize], vec![0; cluster_bytes as usize]);
+    let mut compressed = 0;
+    for at in (0..image.header.disk_bytes).step_by(cluster_bytes as usize) {
+        let Mapping::Compressed(place) = entry(&file, &image, at).map(&image.header.layout, 0).0 else {
+            continue;
+        };
+        let mut stream = vec![0xee; place.len as usize];
+        file.read_at(place.offset, &mut stream).unwrap();
+        cluster.fill(0xee);
+        inflater.inflate(&stream, &mut cluster).unwrap_or_else(|error| panic!("{name}, {at:#x}: {error}"));
+        raw.read_at(at, &mut expected).unwrap();
+        assert!(cluster == expected, "{name}, {at:#x}");
+        compressed += 1;
+    }
+    assert!(compressed > 0, "{name}");
+}
+
 /// Data, zeros, discards, and ends that are not aligned to anything but sectors.
 fn write_some(folder: &Path, image: &str) {
     let commands = [
@@ -238,6 +262,30 @@ fn compressed_clusters_backing_files_snapshots_and_bitmaps_are_read_as_qemu_read
     run(&folder, &["qemu-img", "create", "-q", "-f", "qcow2", "base.qcow2", "8M"]);
     write_some(&folder, "base.qcow2");
     run(&folder, &["qemu-img", "convert", "-O", "raw", "base.qcow2", "base.raw"]);
+    // What compresses not so well, and ends within a cluster.
+    let mixed: Vec<u8> =
+        (0..(8 << 20) + 1536_u64).map(|at| ((at * at / 977) >> (at / 99 % 8)) as u8).collect();
+    fs::write(folder.join("mixed.raw"), mixed).unwrap();
+    for (cluster_size, kind) in
+        ["512", "4k", "64k", "2M"].into_iter().flat_map(|size| [(size, "zlib"), (size, "zstd")])
+    {
+        let options = &format!("cluster_size={cluster_size},compression_type={kind}");
+        let words = [
+            "qemu-img",
+            "convert",
+            "-c",
+            "-f",
+            "raw",
+            "-O",
+            "qcow2",
+            "-o",
+            options,
+            "mixed.raw",
+            "mixed.qcow2",
+        ];
+        run(&folder, &words);
+        assert_inflates(&folder, "mixed.qcow2", "mixed.raw");
+    }
     for options in
         ["compression_type=zlib", "compression_type=zstd", "cluster_size=4k", "extended_l2=on", "compat=0.10"]
     {
@@ -248,6 +296,7 @@ fn compressed_clusters_backing_files_snapshots_and_bitmaps_are_read_as_qemu_read
         assert!(our_check(&folder, "compressed.qcow2")[3] > 0);
         assert_sound(&folder, "compressed.qcow2");
         assert_same_map(&folder, "compressed.qcow2");
+        assert_inflates(&folder, "compressed.qcow2", "base.raw");
         run(&folder, &["qemu-io", "-c", "write -P 9 66k 70k", "compressed.qcow2"]);
         assert_sound(&folder, "compressed.qcow2");
         assert_same_map(&folder, "compressed.qcow2");

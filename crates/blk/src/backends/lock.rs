@@ -29,8 +29,6 @@ pub(crate) struct Range {
     len: i64,
 }
 
-/// Everything.
-pub(crate) const ALL: Range = Range { start: 0, len: 0 };
 /// Locked while requests are carried out. It begins behind QEMU's bytes.
 pub(crate) const USE: Range = Range { start: 1 << 10, len: (1 << 62) - (1 << 10) };
 /// Locked by a service that has the image to itself, also while it carries out nothing.

@@ -10,9 +10,9 @@ use virtio::ring::Chains;
 use crate::backend::{Channel, Done, Op, Status};
 
 /// Bytes that one call works on; the step that crosses the line is still done.
-const CALL_BYTES_MAX: u64 = 512 << 10;
+pub(crate) const CALL_BYTES_MAX: u64 = 512 << 10;
 /// What a step counts for at least, in bytes.
-const STEP_BYTES_MIN: u64 = 4096;
+pub(crate) const STEP_BYTES_MIN: u64 = 4096;
 
 /// Storage that does its work in place.
 pub(crate) trait Steps {

@@ -2,11 +2,15 @@
 #![allow(dead_code, unreachable_pub, reason = "each test uses a part of it")]
 #![allow(clippy::unwrap_used, reason = "a test that cannot set up is over")]
 
+use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use blk::{Backend, Blk, Options};
+use qcow2::create::{NewImage, create};
+use qcow2::header::Compression;
+use qcow2::layout::Layout;
 use reactor::{Budget, Poller, Ticks, Work};
 use seccompiler::{BpfProgram, SeccompAction, SeccompFilter};
 use virtio::fake::{FakeDriver, FakeOptions, MEMORY_START};
@@ -278,10 +282,18 @@ pub fn borrow<'a>(fd: std::os::fd::RawFd) -> std::os::fd::BorrowedFd<'a> {
 
 /// Makes an empty qcow2 image of the file at `path`.
 pub fn format_qcow2(path: &std::path::Path, bytes: u64) {
-    use imago::{FormatCreateBuilder, Storage, StorageOpenOptions};
-    let options = StorageOpenOptions::new().filename(path).write(true);
-    let file = imago::file::File::open(options).unwrap();
-    imago::qcow2::Qcow2::<imago::file::File>::create_builder(file).size(bytes).create().unwrap();
+    let layout = Layout { cluster_bits: 16, refcount_order: 4, extended: false, external_data: false };
+    format_as(path, layout, 3, bytes);
+}
+
+/// The same, with these units, in this version of the format.
+pub fn format_as(path: &std::path::Path, layout: Layout, version: u32, bytes: u64) {
+    let (disk_bytes, compression) = (bytes, Compression::Deflate);
+    let new = NewImage { version, layout, disk_bytes, backing: None, data_file: None, compression };
+    let file = std::fs::File::create(path).unwrap();
+    for (offset, data) in create(&new) {
+        file.write_all_at(&data, offset).unwrap();
+    }
 }
 
 pub fn header(kind: u32, sector: u64) -> [u8; 16] {

@@ -332,4 +332,10 @@ impl Engine {
         }
         self.run();
     }
+
+    /// Clusters may be allocated again, after all.
+    pub fn reopen(&mut self) {
+        self.alloc.closing = false;
+        self.run();
+    }
 }

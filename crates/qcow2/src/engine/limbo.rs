@@ -14,8 +14,10 @@ use super::{Command, Engine, Io};
 const WAITING_MAX: usize = 256;
 
 /// Freed clusters, by what they wait for.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Limbo {
+    /// See [`WAITING_MAX`].
+    waiting_max: usize,
     /// Threads, with the epoch in which they were freed.
     threads: VecDeque<(u64, Freed)>,
     /// Their space to be given back: a ticket for each command.
@@ -28,7 +30,25 @@ pub(super) struct Limbo {
     asked: u64,
 }
 
+impl Default for Limbo {
+    fn default() -> Self {
+        Self {
+            waiting_max: WAITING_MAX,
+            threads: VecDeque::new(),
+            punching: Vec::new(),
+            barrier: VecDeque::new(),
+            last: 0,
+            asked: 0,
+        }
+    }
+}
+
 impl Engine {
+    /// Lets freed clusters be used again when there are this many: soon, so that a short test sees what comes of it.
+    pub fn reuse_after(&mut self, clusters: usize) {
+        self.limbo.waiting_max = clusters;
+    }
+
     /// An entry that is gone held these.
     pub(super) fn free(&mut self, freed: Freed) {
         if freed != Freed::Nothing {
@@ -55,7 +75,7 @@ impl Engine {
                 _ => self.limbo_barrier(freed, false),
             }
         }
-        if self.limbo.barrier.len() >= WAITING_MAX || self.alloc.is_closing() {
+        if self.limbo.barrier.len() >= self.limbo.waiting_max || self.alloc.is_closing() {
             self.flush_limbo();
         }
     }

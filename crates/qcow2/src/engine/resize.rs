@@ -34,10 +34,10 @@ impl Engine {
     }
 
     /// The disk is to have `bytes` bytes, for which there is room. What the tables map there is what the guest will read:
-    /// where a backing file reaches beyond the old end, the caller has zeroed it. Answered by `Done`, when the size is
-    /// durable, or `Failed`.
+    /// where a backing file reaches beyond the old end, the caller has zeroed it, and so has it what a smaller disk does not
+    /// show any more. Answered by `Done`, when the size is durable, or `Failed`.
     pub fn set_size(&mut self, ticket: Ticket, bytes: u64) {
-        if self.layout.l1_entries(bytes) > self.header.l1_entries || bytes < self.header.disk_bytes {
+        if self.layout.l1_entries(bytes) > self.header.l1_entries {
             self.reply(ticket, Reply::Failed);
         } else {
             // What hides the backing file must not come after the size.

@@ -80,7 +80,11 @@ impl Engine {
             return;
         }
         match self.allocate() {
-            None => self.alloc.wait(Waiter::Table(l1_index)),
+            None => {
+                self.alloc.wait(Waiter::Table(l1_index));
+                // The one that was tried just now may have failed at once, before anybody waited for it.
+                self.reserve();
+            }
             Some((cluster, _)) => {
                 if let Some(job) = self.tables.jobs.get_mut(&l1_index) {
                     job.cluster = Some(cluster);

@@ -31,28 +31,36 @@ pub(crate) fn backing_value(sector: u64, backing_sectors: u64) -> Value {
 pub(crate) fn read_all(file: &Contents, image: &Image, backing_sectors: u64) -> Vec<Value> {
     let layout = image.header.layout;
     let mut values = Vec::with_capacity((image.header.disk_bytes / SECTOR) as usize);
-    for sector in 0..image.header.disk_bytes / SECTOR {
-        let offset = sector * SECTOR;
-        let entry = match image.l1[layout.l1_index(offset) as usize].table() {
+    // The entry of a cluster is the same for all of its sectors.
+    for cluster in 0..layout.clusters(image.header.disk_bytes) {
+        let start = cluster << layout.cluster_bits;
+        let entry = match image.l1[layout.l1_index(start) as usize].table() {
             None => L2Entry::UNALLOCATED,
             Some(table) => {
                 let mut bytes = [0; 16];
                 let len = layout.l2_entry_bytes() as usize;
-                file.read_at(table + layout.l2_index(offset) * len as u64, &mut bytes[..len]).unwrap();
+                file.read_at(table + layout.l2_index(start) * len as u64, &mut bytes[..len]).unwrap();
                 let word = |at: usize| u64::from_be_bytes(bytes[at..at + 8].try_into().unwrap());
                 L2Entry { descriptor: word(0), subclusters: if layout.extended { word(8) } else { 0 } }
             }
         };
-        values.push(match entry.map(&layout, layout.in_cluster(offset)).0 {
-            Mapping::Unallocated => backing_value(sector, backing_sectors),
-            Mapping::Zero => 0,
-            Mapping::Data { offset, .. } => {
-                let mut bytes = [0; SECTOR as usize];
-                file.read_at(offset, &mut bytes).unwrap();
-                value_of(&bytes)
+        let end = (start + layout.cluster_bytes()).min(image.header.disk_bytes);
+        let mut at = start;
+        while at < end {
+            let (mapping, alike) = entry.map(&layout, layout.in_cluster(at));
+            let alike = (at..end.min(at + alike)).step_by(SECTOR as usize);
+            match mapping {
+                Mapping::Unallocated => {
+                    values.extend(alike.map(|offset| backing_value(offset / SECTOR, backing_sectors)));
+                }
+                Mapping::Zero => values.extend(alike.map(|_| 0)),
+                Mapping::Data { offset, .. } => {
+                    values.extend(alike.map(|piece| file.value(offset + (piece - at))));
+                }
+                Mapping::Compressed(_) | Mapping::Invalid => values.extend(alike.map(|_| GARBAGE)),
             }
-            Mapping::Compressed(_) | Mapping::Invalid => GARBAGE,
-        });
+            at = values.len() as u64 * SECTOR;
+        }
     }
     values
 }

@@ -7,31 +7,69 @@ use qcow2::image::ReadAt;
 use qcow2::repair::WriteAt;
 
 use crate::random::Random;
+use crate::reader::{GARBAGE, Value, value_of};
 
 pub(crate) const SECTOR: u64 = 512;
-type Sector = Rc<[u8; SECTOR as usize]>;
 
-/// The contents of a file, sector by sector; what is not there is zeros.
+/// A sector as it was written, with what it means as the guest's. Crashes share it: what one costs does not go with the
+/// bytes of the file.
+type Sector = Rc<Written>;
+
+#[derive(PartialEq, Eq)]
+struct Written {
+    value: Value,
+    bytes: [u8; SECTOR as usize],
+}
+
+fn sectors_of(data: &[u8]) -> impl Iterator<Item = Option<Sector>> {
+    assert!((data.len() as u64).is_multiple_of(SECTOR));
+    data.chunks_exact(SECTOR as usize)
+        .map(|sector| Some(Rc::new(Written { value: value_of(sector), bytes: sector.try_into().unwrap() })))
+}
+
+/// Sectors that are copied at once when one of them changes.
+const CHUNK: usize = 32;
+type Chunk = [Option<Sector>; CHUNK];
+
+/// The contents of a file, sector by sector. A copy shares all that is not changed.
 #[derive(Clone, Default)]
-pub(crate) struct Contents(Vec<Option<Sector>>);
+pub(crate) struct Contents {
+    chunks: Vec<Rc<Chunk>>,
+    /// In sectors.
+    len: usize,
+    /// Every byte that was never written: 0 for a file, anything for a block device.
+    fresh: u8,
+}
 
 impl Contents {
+    pub(crate) fn new(fresh: u8) -> Self {
+        Self { fresh, ..Self::default() }
+    }
+
     pub(crate) fn write(&mut self, offset: u64, data: &[u8]) {
-        assert!(offset.is_multiple_of(SECTOR) && (data.len() as u64).is_multiple_of(SECTOR));
-        for (index, sector) in data.chunks_exact(SECTOR as usize).enumerate() {
-            self.set((offset / SECTOR) as usize + index, Some(Rc::new(sector.try_into().unwrap())));
+        assert!(offset.is_multiple_of(SECTOR));
+        for (index, sector) in sectors_of(data).enumerate() {
+            self.set((offset / SECTOR) as usize + index, sector);
         }
     }
 
     fn set(&mut self, at: usize, sector: Option<Sector>) {
-        if self.0.len() <= at {
-            self.0.resize(at + 1, None);
+        if self.len <= at {
+            self.len = at + 1;
+            self.chunks.resize_with(self.len.div_ceil(CHUNK), Rc::default);
         }
-        self.0[at] = sector;
+        Rc::make_mut(&mut self.chunks[at / CHUNK])[at % CHUNK] = sector;
     }
 
-    fn get(&self, at: usize) -> Option<Sector> {
-        self.0.get(at).cloned().flatten()
+    fn get(&self, at: usize) -> Option<&Sector> {
+        self.chunks.get(at / CHUNK)?[at % CHUNK].as_ref()
+    }
+
+    /// The guest's value that the sector at `offset` holds.
+    pub(crate) fn value(&self, offset: u64) -> Value {
+        assert!(offset.is_multiple_of(SECTOR));
+        let fresh = if self.fresh == 0 { 0 } else { GARBAGE };
+        self.get((offset / SECTOR) as usize).map_or(fresh, |sector| sector.value)
     }
 }
 
@@ -43,9 +81,9 @@ impl ReadAt for Contents {
             let within = (at % SECTOR) as usize;
             let len = buffer.len().min(SECTOR as usize - within);
             let (now, later) = buffer.split_at_mut(len);
-            match self.0.get((at / SECTOR) as usize) {
-                Some(Some(sector)) => now.copy_from_slice(&sector[within..within + len]),
-                _ => now.fill(0),
+            match self.get((at / SECTOR) as usize) {
+                Some(sector) => now.copy_from_slice(&sector.bytes[within..within + len]),
+                None => now.fill(self.fresh),
             }
             at += len as u64;
             buffer = later;
@@ -54,7 +92,7 @@ impl ReadAt for Contents {
     }
 
     fn file_bytes(&self) -> io::Result<u64> {
-        Ok(self.0.len() as u64 * SECTOR)
+        Ok(self.len as u64 * SECTOR)
     }
 }
 
@@ -75,11 +113,38 @@ impl WriteAt for Contents {
     }
 }
 
+/// A file that takes some more writes, and then none.
+pub(crate) struct Dying {
+    pub(crate) contents: Contents,
+    pub(crate) writes_left: u64,
+}
+
+impl ReadAt for Dying {
+    fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
+        self.contents.read_at(offset, buffer)
+    }
+
+    fn file_bytes(&self) -> io::Result<u64> {
+        self.contents.file_bytes()
+    }
+}
+
+impl WriteAt for Dying {
+    fn write_at(&mut self, offset: u64, data: &[u8]) -> io::Result<()> {
+        self.writes_left = self.writes_left.checked_sub(1).ok_or(io::ErrorKind::Other)?;
+        self.contents.write_at(offset, data)
+    }
+
+    fn sync(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
 /// A write that is not durable yet.
 struct Write {
     id: u64,
     first: usize,
-    /// `None` punches.
+    /// `None` is what was never written.
     sectors: Vec<Option<Sector>>,
     done: bool,
     /// The guest's, which may write to a place while it is being written.
@@ -104,25 +169,21 @@ impl Store {
     }
 
     pub(crate) fn begin_write(&mut self, id: u64, offset: u64, data: &[u8]) {
-        assert!(offset.is_multiple_of(SECTOR) && (data.len() as u64).is_multiple_of(SECTOR));
-        let sectors =
-            data.chunks_exact(SECTOR as usize).map(|s| Some(Rc::new(s.try_into().unwrap()))).collect();
-        self.begin(id, offset, sectors, false);
+        assert!(offset.is_multiple_of(SECTOR));
+        self.begin(id, offset, sectors_of(data).collect(), false);
     }
 
     pub(crate) fn begin_data(&mut self, id: u64, offset: u64, data: &[u8]) {
-        let sectors =
-            data.chunks_exact(SECTOR as usize).map(|s| Some(Rc::new(s.try_into().unwrap()))).collect();
-        self.begin(id, offset, sectors, true);
+        self.begin(id, offset, sectors_of(data).collect(), true);
     }
 
     pub(crate) fn begin_punch(&mut self, id: u64, offset: u64, len: u64) {
-        self.begin(id, offset, vec![None; (len / SECTOR) as usize], false);
+        self.begin(id, offset, sectors_of(&vec![0; len as usize]).collect(), false);
     }
 
     /// Makes the file longer.
     pub(crate) fn begin_extend(&mut self, id: u64, bytes: u64) {
-        let now = self.now.0.len() as u64;
+        let now = self.now.len as u64;
         self.begin(id, now * SECTOR, vec![None; (bytes / SECTOR).saturating_sub(now) as usize], false);
     }
 
@@ -160,7 +221,7 @@ impl Store {
         let (first, len) = (self.writes[at].first, self.writes[at].sectors.len());
         for index in 0..len {
             if random.one_in(2) {
-                self.writes[at].sectors[index] = self.now.get(first + index);
+                self.writes[at].sectors[index] = self.now.get(first + index).cloned();
             }
         }
         self.end_write(id);
@@ -199,11 +260,13 @@ impl Store {
     /// The process died and left `contents`; all that it had given is over, durable or not.
     pub(crate) fn killed(&mut self, contents: Contents) {
         self.barriers.clear();
+        // What was on its way came last, over what was done.
+        self.writes.sort_by_key(|write| !write.done);
         for write in &mut self.writes {
             if !write.done {
                 // What did not get there never will.
                 let kept = |(index, sector): (usize, &Option<Sector>)| {
-                    let there = contents.get(write.first + index);
+                    let there = contents.get(write.first + index).cloned();
                     let same = match (&there, sector) {
                         (Some(a), Some(b)) => a == b,
                         (None, None) => true,

@@ -21,6 +21,8 @@ use crate::store::{Contents, SECTOR, Store};
 /// What is simulated.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Case {
+    /// What all that is random comes from.
+    pub(crate) seed: u64,
     pub(crate) version: u32,
     pub(crate) layout: Layout,
     pub(crate) disk_sectors: u64,
@@ -28,6 +30,8 @@ pub(crate) struct Case {
     pub(crate) fresh_is_zero: bool,
     pub(crate) punch: bool,
     pub(crate) queue_depth: usize,
+    /// So many freed clusters are used again.
+    pub(crate) reuse_after: usize,
     /// How large the disk may become.
     pub(crate) sectors_max: u64,
     /// The guest changes places that it is changing.
@@ -126,11 +130,13 @@ fn open(case: &Case, contents: &Contents) -> (Engine, Vec<Reader>) {
         file_bytes: image.file_bytes,
     };
     let (l1, table) = (image.l1, image.refcount_table);
-    (Engine::new(image.header, image.header_sector, &l1, table, map, readers, environment), queues)
+    let mut engine = Engine::new(image.header, image.header_sector, &l1, table, map, readers, environment);
+    engine.reuse_after(case.reuse_after);
+    (engine, queues)
 }
 
 impl World {
-    pub(crate) fn new(case: Case, seed: u64) -> Self {
+    pub(crate) fn new(case: Case) -> Self {
         let new = NewImage {
             version: case.version,
             layout: case.layout,
@@ -139,15 +145,15 @@ impl World {
             data_file: None,
             compression: Compression::Deflate,
         };
-        let mut contents = Contents::default();
+        let mut contents = Contents::new(if case.fresh_is_zero { 0 } else { 0xa5 });
         for (offset, data) in create(&new) {
             contents.write(offset, &data);
         }
-        Self::over(case, seed, contents)
+        Self::over(case, contents)
     }
 
     /// An image that is there already.
-    pub(crate) fn over(case: Case, seed: u64, contents: Contents) -> Self {
+    pub(crate) fn over(case: Case, contents: Contents) -> Self {
         let image = Image::read(&contents).unwrap();
         let case = Case { disk_sectors: image.header.disk_bytes / SECTOR, ..case };
         let (engine, queues) = open(&case, &contents);
@@ -157,7 +163,7 @@ impl World {
         let model = Model::new(values);
         Self {
             case,
-            random: Random::new(seed),
+            random: Random::new(case.seed),
             map: engine.map().clone(),
             store: Store::new(contents),
             engine,
@@ -544,9 +550,9 @@ impl World {
     /// Lets everything that is on its way end.
     pub(crate) fn drain(&mut self) {
         while self.step(false) {}
-        assert!(self.resize.is_none(), "a resize that nothing will ever end");
-        assert!(self.ops.is_empty(), "requests that nothing will ever answer");
-        assert_eq!(self.engine.backlog(), Default::default());
+        assert!(self.resize.is_none(), "{:?}: a resize that nothing will ever end", self.case);
+        assert!(self.ops.is_empty(), "{:?}: requests that nothing will ever answer", self.case);
+        assert_eq!(self.engine.backlog(), Default::default(), "{:?}", self.case);
     }
 
     /// An orderly end. The image is left without leaks, if nothing ever failed or crashed.

@@ -123,7 +123,15 @@ impl Chains {
     #[inline(always)]
     #[must_use]
     pub fn get(&self, token: &Token) -> Chain<'_> {
-        let slot = &self.slots[token.slot()];
+        self.at(token.slot())
+    }
+
+    /// The buffers of the chain in a slot, for a part of a device that its owner has given work on that chain; nothing that
+    /// can be relied on if no chain is in flight there.
+    #[inline(always)]
+    #[must_use]
+    pub fn at(&self, slot: usize) -> Chain<'_> {
+        let slot = &self.slots[slot];
         let (readable, writable) = slot.segments.split_at(usize::from(slot.readable));
         Chain { readable, writable }
     }

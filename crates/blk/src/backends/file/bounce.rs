@@ -3,7 +3,7 @@
 use std::os::fd::AsFd;
 
 use virtio::Segment;
-use virtio::memory::{gather, scatter};
+use virtio::memory::gather;
 
 pub(super) const PAGE_BYTES: usize = 4096;
 /// The most that one transfer through it moves.
@@ -32,11 +32,6 @@ impl Bounce {
     /// Fills the `len` bytes from `at` on with the segments' bytes from `from` on.
     pub(super) fn gather(&mut self, at: usize, segments: &[Segment], from: usize, len: usize) {
         gather(segments, from, &mut self.0.0[at..at + len]);
-    }
-
-    /// Copies the `len` bytes from `at` on to the segments' bytes from `to` on.
-    pub(super) fn scatter(&self, at: usize, segments: &[Segment], to: usize, len: usize) {
-        scatter(segments, to, &self.0.0[at..at + len]);
     }
 
     /// Fills the `len` bytes from `at` on with zeros.

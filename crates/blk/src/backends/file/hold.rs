@@ -31,11 +31,11 @@ pub(super) struct Users {
 
 /// A queue's hold on a file. Given back when it is dropped.
 #[derive(Debug)]
-pub(super) struct Hold(Arc<Opened>);
+pub(crate) struct Hold(Arc<Opened>);
 
 impl Hold {
     /// Takes a hold, and waits for up to `limit` for others to give up theirs.
-    pub(super) fn take(file: &Arc<Opened>, limit: Duration) -> Result<Self, BackendError> {
+    pub(crate) fn take(file: &Arc<Opened>, limit: Duration) -> Result<Self, BackendError> {
         let failed =
             |why: &dyn std::fmt::Display| BackendError(format!("locking {}: {why}", file.path.display()));
         // Nobody who must not wait meets somebody who does: there is no hold yet that an I/O thread could drop.
@@ -57,7 +57,7 @@ impl Hold {
     }
 
     /// The file.
-    pub(super) fn file(&self) -> &Arc<Opened> {
+    pub(crate) fn file(&self) -> &Arc<Opened> {
         &self.0
     }
 
@@ -95,7 +95,7 @@ fn begin(file: &Opened) -> io::Result<()> {
 /// Makes an image this process's own, until [`disown`]. `owner` is a descriptor for the lock alone: it goes with this
 /// process, whatever the kernel still does for a ring. Where another service has the image, that is soon clear: one that
 /// was killed ends soon. What the kernel still does for that is waited for longer.
-pub(super) fn own(owner: &OwnedFd, buffered: &OwnedFd, path: &Path, write: bool) -> io::Result<()> {
+pub(crate) fn own(owner: &OwnedFd, buffered: &OwnedFd, path: &Path, write: bool) -> io::Result<()> {
     lock::wait(path, END_WAIT, || lock::lock(owner, lock::OWNERSHIP, write))?;
     lock::wait(path, lock::WAIT, || lock::test(owner, lock::USE, write))?;
     lock::wait(path, END_WAIT, || lock::keep_qemu_out(buffered, write))?;

@@ -14,13 +14,13 @@ use virtio::ring::Chains;
 use super::blocks::Need;
 use super::bounce::{Bounce, Span};
 use super::hold::Hold;
+use super::transfer::{Data, Transfer};
 use super::zero::{Step, zeros};
 use super::{DirectAlign, Opened};
 use crate::backend::{Op, OpKind, Status};
 use crate::backends::stepwise::Steps;
-use crate::data::Pieces;
 
-/// The most bytes moved for one operation in one go. A multiple of every alignment.
+/// The most bytes moved for one transfer in one go. A multiple of every alignment.
 const COPY_BYTES_MAX: u64 = 256 << 10;
 /// The most bytes given back to the file system in one go.
 const FREE_BYTES_MAX: u64 = 2 << 20;
@@ -30,10 +30,28 @@ const PIECES_MAX: usize = 1024;
 /// The way to a file, in place.
 pub(super) struct Inline {
     hold: Arc<Hold>,
-    /// An open file of this queue's own, through the page cache.
+    /// An open file of this thread's own, through the page cache.
     own: OwnedFd,
     pieces: Vec<libc::iovec>,
     bounce: Option<Bounce>,
+}
+
+/// What a step of a transfer is about: its bytes behind the first `progress` ones, and where they are.
+struct Part<'a> {
+    transfer: &'a Transfer,
+    progress: u64,
+    chains: &'a Chains,
+    own: &'a mut [u8],
+}
+
+impl Part<'_> {
+    fn offset(&self) -> u64 {
+        self.transfer.offset + self.progress
+    }
+
+    fn left(&self) -> u64 {
+        self.transfer.len - self.progress
+    }
 }
 
 impl Inline {
@@ -66,13 +84,20 @@ impl Inline {
         result
     }
 
-    /// Moves the next part of an operation's data. 0 if there are none in the file.
-    fn transfer(&mut self, op: &Op, progress: u64, chains: &Chains) -> Result<u64, Errno> {
-        let (at, left) = (op.offset + progress, (op.len - progress).min(COPY_BYTES_MAX));
+    /// Moves the next part of a transfer's data. 0 if there are none in the file.
+    fn transfer(&mut self, part: &mut Part<'_>) -> Result<u64, Errno> {
+        let (at, left) = (part.offset(), part.left().min(COPY_BYTES_MAX));
         let align = self.file().align();
         let len = align.map_or(left, |align| align.whole_blocks_of(left));
         self.pieces.clear();
-        let pieces = Pieces::new(op.kind, chains.get(&op.token), progress, len);
+        let Some(pieces) = part.transfer.pieces(part.chains, part.progress, len) else {
+            if let Some(align) = align {
+                return self.transfer_bounced(align, part);
+            }
+            let bytes = &mut part.own[part.progress as usize..][..len as usize];
+            self.pieces.push(libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() });
+            return self.vectored(part.transfer, at);
+        };
         let fits = align.is_none_or(|DirectAlign { memory, file }| {
             (at | len).is_multiple_of(file)
                 && pieces.clone().take(PIECES_MAX + 1).count() <= PIECES_MAX
@@ -81,25 +106,25 @@ impl Inline {
         if let Some(align) = align
             && !fits
         {
-            return self.transfer_bounced(align, op, progress, chains);
+            return self.transfer_bounced(align, part);
         }
         self.pieces
             .extend(pieces.take(PIECES_MAX).map(|p| libc::iovec { iov_base: p.ptr.cast(), iov_len: p.len }));
-        match op.kind {
-            OpKind::Read => self.vectored(op, at),
-            _ => self.claimed(at, len, Need::Shared, || self.vectored(op, at)),
+        match part.transfer.kind {
+            OpKind::Read => self.vectored(part.transfer, at),
+            _ => self.claimed(at, len, Need::Shared, || self.vectored(part.transfer, at)),
         }
     }
 
     /// One call for the pieces.
-    fn vectored(&self, op: &Op, at: u64) -> Result<u64, Errno> {
+    fn vectored(&self, transfer: &Transfer, at: u64) -> Result<u64, Errno> {
         let (fd, iov, count) =
             (self.main().as_raw_fd(), self.pieces.as_ptr(), self.pieces.len() as libc::c_int);
-        let flags = if op.durable { libc::RWF_DSYNC } else { 0 };
-        // SAFETY: the pieces are guest memory, mapped while the chain is in flight, which it is during this call; the
-        // list is this object's own and as long as `count` says.
+        let flags = if transfer.durable { libc::RWF_DSYNC } else { 0 };
+        // SAFETY: the pieces are guest memory, mapped while the chain is in flight, which it is during this call, or the
+        // transfer's own buffer, borrowed for it; the list is this object's own and as long as `count` says.
         let moved = unsafe {
-            match op.kind {
+            match transfer.kind {
                 OpKind::Read => libc::preadv(fd, iov, count, at as libc::off_t),
                 _ => libc::pwritev2(fd, iov, count, at as libc::off_t, flags),
             }
@@ -110,34 +135,21 @@ impl Inline {
 
     /// The same through a buffer of our own, in whole blocks. Where a part of them is to be written, they are read first.
     #[cold]
-    fn transfer_bounced(
-        &mut self,
-        align: DirectAlign,
-        op: &Op,
-        progress: u64,
-        chains: &Chains,
-    ) -> Result<u64, Errno> {
+    fn transfer_bounced(&mut self, align: DirectAlign, part: &mut Part<'_>) -> Result<u64, Errno> {
         let mut bounce = self.bounce.take().unwrap_or_else(Bounce::new);
-        let result = self.through(&mut bounce, align, op, progress, chains);
+        let result = self.through(&mut bounce, align, part);
         self.bounce = Some(bounce);
         result
     }
 
-    fn through(
-        &self,
-        bounce: &mut Bounce,
-        align: DirectAlign,
-        op: &Op,
-        progress: u64,
-        chains: &Chains,
-    ) -> Result<u64, Errno> {
-        let span = Span::new(align.file, op.offset + progress, op.len - progress);
+    fn through(&self, bounce: &mut Bounce, align: DirectAlign, part: &mut Part<'_>) -> Result<u64, Errno> {
+        let span = Span::new(align.file, part.offset(), part.left());
         let Span { start, len, head, data } = span;
-        let chain = chains.get(&op.token);
-        if op.kind == OpKind::Read {
-            let part = span.part_of(pread(self.main(), bounce.bytes(len), start)?);
-            bounce.scatter(head, chain.writable, progress as usize, part);
-            return Ok(part as u64);
+        let &mut Part { transfer, progress, chains, ref mut own } = part;
+        if transfer.kind == OpKind::Read {
+            let moved = span.part_of(pread(self.main(), bounce.bytes(len), start)?);
+            transfer.deliver(chains, own, progress, &bounce.bytes(head + moved)[head..]);
+            return Ok(moved as u64);
         }
         let need = if span.is_whole() { Need::Shared } else { Need::Exclusive };
         self.claimed(start, len as u64, need, || {
@@ -145,25 +157,29 @@ impl Inline {
             if !span.is_whole() && pread(self.main(), bounce.bytes(len), start)? != len {
                 return Ok(0);
             }
-            match op.kind {
-                OpKind::Write => {
-                    bounce.gather(head, chain.readable, Op::DATA_OFFSET + progress as usize, data)
+            match (transfer.kind, transfer.data) {
+                (OpKind::Write, Data::Chain { slot, from }) => {
+                    let from = Op::DATA_OFFSET + (from + progress) as usize;
+                    bounce.gather(head, chains.at(slot.into()).readable, from, data);
+                }
+                (OpKind::Write, Data::Own) => {
+                    bounce.bytes(head + data)[head..].copy_from_slice(&own[progress as usize..][..data]);
                 }
                 _ => bounce.clear(head, data),
             }
             let moved = pwrite(self.main(), bounce.bytes(len), start)?;
-            if op.durable {
+            if transfer.durable {
                 fdatasync(self.main())?;
             }
             Ok(span.part_of(moved) as u64)
         })
     }
 
-    /// Does the next step of an operation on a range; how far it came.
-    fn zero(&mut self, op: &Op, progress: u64, chains: &Chains) -> Result<u64, Errno> {
-        let (offset, mut refusals) = (op.offset + progress, 0);
+    /// Does the next step of a transfer that zeroes or frees a range; how far it came.
+    fn zero(&mut self, part: &mut Part<'_>) -> Result<u64, Errno> {
+        let (offset, mut refusals) = (part.offset(), 0);
         loop {
-            match self.file().zero_step(op, progress, refusals) {
+            match self.file().zero_step(part.transfer, part.progress, refusals) {
                 Step::Allocate { mode, len } => {
                     let len = len.min(FREE_BYTES_MAX);
                     let work = || fallocate(self.main(), mode, offset, len).map(|()| len);
@@ -178,13 +194,54 @@ impl Inline {
                     if let Some(align) = align
                         && !(offset | len).is_multiple_of(align.file)
                     {
-                        return self.transfer_bounced(align, op, progress, chains);
+                        return self.transfer_bounced(align, part);
                     }
                     let work = || pwrite(self.main(), zeros(len), offset).map(|len| len as u64);
                     return self.claimed(offset, len, Need::Shared, work);
                 }
                 Step::Skip { len } => return Ok(len),
             }
+        }
+    }
+
+    /// Does the next step of a transfer, behind its first `progress` bytes; how many are done then.
+    #[inline(always)]
+    pub(super) fn step(
+        &mut self,
+        transfer: &Transfer,
+        own: &mut [u8],
+        progress: u64,
+        chains: &Chains,
+    ) -> Result<u64, Status> {
+        let mut part = Part { transfer, progress, chains, own };
+        let result = match transfer.kind {
+            OpKind::Write if transfer.end() > self.file().bytes() => Err(Errno::IO),
+            OpKind::Read | OpKind::Write => match self.transfer(&mut part) {
+                Ok(0) if transfer.kind == OpKind::Read && self.file().options.image => {
+                    transfer.deliver_zeros(chains, part.own, progress);
+                    Ok(transfer.len - progress)
+                }
+                // The file was cut off below the capacity. What stood there is lost, and zeros would hide that.
+                Ok(0) => Err(Errno::IO),
+                other => other,
+            },
+            OpKind::Discard | OpKind::WriteZeroes { .. } if !self.file().still_has(transfer) => {
+                Err(Errno::IO)
+            }
+            OpKind::Discard | OpKind::WriteZeroes { .. } => match self.zero(&mut part) {
+                Ok(0) => Err(Errno::IO),
+                Ok(_) if !self.file().still_has(transfer) => Err(Errno::IO),
+                other => other,
+            },
+            OpKind::Flush => self.file().flushed(fdatasync(&self.own)).map(|()| 0),
+            OpKind::SecureErase => Err(Errno::OPNOTSUPP),
+        };
+        self.file().keep_cut(transfer);
+        match result {
+            Ok(moved) => Ok(progress + moved),
+            // A signal (tmpfs has undone what it had done), or others have the blocks now.
+            Err(Errno::INTR) if transfer.kind != OpKind::Flush => Ok(progress),
+            Err(error) => Err(self.file().report(transfer, error)),
         }
     }
 }
@@ -195,28 +252,6 @@ impl Steps for Inline {
     }
 
     fn step(&mut self, op: &Op, progress: u64, chains: &Chains) -> Result<u64, Status> {
-        let result = match op.kind {
-            OpKind::Write if op.offset + op.len > self.file().bytes() => Err(Errno::IO),
-            // The file was cut off below the capacity. What stood there is lost, and zeros would hide that.
-            OpKind::Read | OpKind::Write => match self.transfer(op, progress, chains) {
-                Ok(0) => Err(Errno::IO),
-                other => other,
-            },
-            OpKind::Discard | OpKind::WriteZeroes { .. } if !self.file().still_has(op) => Err(Errno::IO),
-            OpKind::Discard | OpKind::WriteZeroes { .. } => match self.zero(op, progress, chains) {
-                Ok(0) => Err(Errno::IO),
-                Ok(_) if !self.file().still_has(op) => Err(Errno::IO),
-                other => other,
-            },
-            OpKind::Flush => self.file().flushed(fdatasync(&self.own)).map(|()| 0),
-            OpKind::SecureErase => Err(Errno::OPNOTSUPP),
-        };
-        self.file().keep_cut(op);
-        match result {
-            Ok(moved) => Ok(progress + moved),
-            // A signal (tmpfs has undone what it had done), or others have the blocks now.
-            Err(Errno::INTR) if op.kind != OpKind::Flush => Ok(progress),
-            Err(error) => Err(self.file().report(op, error)),
-        }
+        Self::step(self, &Transfer::of_op(op), &mut [], progress, chains)
     }
 }

@@ -1,18 +1,24 @@
 //! Storage in a raw file or a block device.
 //!
-//! Requests go through io_uring (`uring`), one system call per burst, each queue with a ring of its own. Files on
+//! Requests go through io_uring (`channel`, `uring`), one system call per burst, each queue with a ring of its own. Files on
 //! tmpfs are the exception: the kernel would hand every request to a worker thread, because tmpfs has no non-blocking
 //! read, although none ever blocks; they are read and written in place (`inline`), which takes less than the detour.
+//!
+//! Below the channels of a raw file are transfers (`transfer`), which images in files are made of as well.
 
 mod blocks;
 mod bounce;
+mod channel;
 mod device;
 mod fixed;
-mod hold;
+pub(super) mod hold;
+mod image;
+mod in_place;
 mod inline;
-mod open;
+pub(super) mod open;
 mod ring;
 mod sync;
+pub(crate) mod transfer;
 mod uring;
 mod zero;
 
@@ -22,13 +28,15 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use rustix::fs::{fdatasync, fsync};
+use rustix::fs::fsync;
 use virtio::Memory;
 
 use self::blocks::Blocks;
+use self::channel::Raw;
 use self::hold::Hold;
+pub(crate) use self::in_place::InPlace;
 use self::inline::Inline;
-use self::uring::Uring;
+pub(crate) use self::uring::Uring;
 use crate::backend::{Backend, BackendError, ChannelBuilder, Geometry};
 use crate::backends::lock;
 use crate::backends::stepwise::Stepwise;
@@ -58,7 +66,7 @@ pub enum Engine {
 }
 
 impl Engine {
-    fn wants_uring(self, kind: Kind) -> bool {
+    pub(crate) fn wants_uring(self, kind: Kind) -> bool {
         match self {
             Self::Auto => kind != Kind::Tmpfs,
             Self::Uring => true,
@@ -96,6 +104,8 @@ pub struct FileOptions {
     pub sqpoll_ms: Option<u32>,
     /// With io_uring and `direct`: pin all guest memory, so that its pages need not be looked up per request.
     pub fixed_buffers: bool,
+    /// It holds a disk image in a format of its own: it may be of any size and grows, and beyond its end are zeros.
+    pub image: bool,
     /// The least that storage is taken to want of transfers past the page cache, in bytes, a power of two: more than it
     /// says, to see what becomes of requests for less.
     pub unit_bytes_min: u64,
@@ -110,6 +120,7 @@ impl Default for FileOptions {
             lock: Lock::On,
             sqpoll_ms: None,
             fixed_buffers: false,
+            image: false,
             unit_bytes_min: 512,
         }
     }
@@ -139,10 +150,10 @@ impl DirectAlign {
 /// [`Lock::On`], `owner` is locked for as long as it is open, which says whose the image is while no queue runs, and
 /// `buffered` against QEMU.
 #[derive(Debug)]
-struct Opened {
-    path: PathBuf,
+pub(crate) struct Opened {
+    pub(super) path: PathBuf,
     /// Goes through the page cache.
-    buffered: OwnedFd,
+    pub(super) buffered: OwnedFd,
     /// Goes past it, as then do all reads and writes.
     direct: Option<(OwnedFd, DirectAlign)>,
     /// Says that the image is this process's own.
@@ -187,7 +198,7 @@ impl Opened {
 
 /// What was opened.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Kind {
+pub(crate) enum Kind {
     /// A file whose pages are memory.
     Tmpfs,
     /// A file.
@@ -246,10 +257,12 @@ impl Backend for File {
             BackendError(format!("opening {} for a queue: {error}", self.opened.path.display()))
         })?;
         let (engine, file) = (self.opened.options.engine, self.opened.clone());
-        let parts = engine.wants_uring(file.kind).then(|| Uring::prepare(&hold, memory, depth, &own));
+        let parts = engine.wants_uring(file.kind).then(|| {
+            Uring::prepare(std::slice::from_ref(&hold), memory, depth.into(), std::slice::from_ref(&own))
+        });
         Ok(Box::new(move || {
             if let Some(parts) = parts {
-                match parts.and_then(|parts| Uring::new(parts, file, depth)) {
+                match parts.and_then(|parts| Raw::new(parts, file, depth)) {
                     Ok(uring) => return Ok(Box::new(uring)),
                     Err(error) if engine == Engine::Uring => return Err(error),
                     Err(error) => {
@@ -316,9 +329,6 @@ impl Backend for File {
     }
 
     fn flush(&self) -> Result<(), BackendError> {
-        let path = self.opened.path.display();
-        self.opened
-            .flushed(fdatasync(&self.opened.buffered))
-            .map_err(|error| BackendError(format!("flushing {path}: {error}")))
+        self.opened.flush()
     }
 }

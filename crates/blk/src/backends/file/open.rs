@@ -28,11 +28,29 @@ const IN_USE: &str = "another process uses it (lock=late opens it all the same a
 const BLOCK_BYTES_MIN: u32 = 512;
 const BLOCK_BYTES_MAX: u32 = 4096;
 
-/// Opens `path`.
+/// Opens `path`, a disk by itself.
 pub(super) fn open(path: &Path, options: FileOptions) -> Result<Opened, BackendError> {
-    let failed = |what: &str, error: &dyn std::fmt::Display| {
-        BackendError(format!("opening {}: {what}: {error}", path.display()))
-    };
+    let opened = open_part(path, options)?;
+    let bytes = size(&opened.buffered).map_err(|e| failed(path, "reading its size", &e))?;
+    if bytes < 512 {
+        let hint =
+            if opened.kind == Kind::Block { "the device has no medium" } else { "give it a size first" };
+        let error = format!("it has {bytes} bytes, and a disk has at least 512: {hint}");
+        return Err(failed(path, "its size", &error));
+    }
+    if bytes % 512 != 0 {
+        tracing::warn!(path = %path.display(), bytes, "the bytes beyond the last whole sector cannot be reached");
+    }
+    Ok(opened)
+}
+
+fn failed(path: &Path, what: &str, error: &dyn std::fmt::Display) -> BackendError {
+    BackendError(format!("opening {}: {what}: {error}", path.display()))
+}
+
+/// Opens `path`, a file of an image, which says itself how much of it is there.
+pub(crate) fn open_part(path: &Path, options: FileOptions) -> Result<Opened, BackendError> {
+    let failed = |what: &str, error: &dyn std::fmt::Display| failed(path, what, error);
     let name = CString::new(path.as_os_str().as_bytes()).map_err(|e| failed("bad path", &e))?;
     let access = if options.read_only { OFlags::RDONLY } else { OFlags::RDWR };
     let reopen =
@@ -63,17 +81,17 @@ pub(super) fn open(path: &Path, options: FileOptions) -> Result<Opened, BackendE
         }
     }
     let bytes = size(&buffered).map_err(|e| failed("reading its size", &e))?;
-    can_be_a_disk(&buffered, kind, bytes, options).map_err(|(what, error)| failed(what, &error))?;
-    engine(path, kind, options).map_err(|e| failed("engine=uring", &e))?;
-    if bytes % 512 != 0 {
-        tracing::warn!(path = %path.display(), bytes, "the bytes beyond the last whole sector cannot be reached");
+    if kind == Kind::Block && !options.read_only && device::is_read_only(&buffered).unwrap_or(false) {
+        let error = "the device is read-only, and can only be served as a read-only disk";
+        return Err(failed(permission(options), &error));
     }
+    engine(path, kind, options).map_err(|e| failed("engine=uring", &e))?;
     let direct = match options.direct {
         Direct::Off => None,
         Direct::Auto if kind == Kind::Tmpfs => None,
         Direct::Auto | Direct::On => {
             let opened = reopen(OFlags::DIRECT).ok().filter(|fd| same_file(fd, &stat));
-            let found = direct(opened, bytes, options.unit_bytes_min);
+            let found = direct(opened, bytes, options);
             match found {
                 Ok(direct) => Some(direct),
                 Err(why) if options.direct == Direct::On => return Err(failed("direct=on", &why)),
@@ -103,7 +121,8 @@ pub(super) fn open(path: &Path, options: FileOptions) -> Result<Opened, BackendE
         path: path.to_owned(),
         zero_unit: zero_unit.max(unit.unwrap_or(1)),
         blocks: unit.filter(|&unit| unit > 512 && !options.read_only).map(Blocks::new),
-        bytes: AtomicU64::new(bytes & !511),
+        // An image in it grows without asking.
+        bytes: AtomicU64::new(if options.image { i64::MAX as u64 } else { bytes & !511 }),
         sizing: Mutex::default(),
         was_cut: AtomicBool::new(false),
         flush_failed: AtomicBool::new(false),
@@ -126,26 +145,8 @@ fn permission(options: FileOptions) -> &'static str {
 }
 
 /// Its size in bytes: that of a block device is where it ends.
-pub(super) fn size(file: impl AsFd) -> Result<u64, Errno> {
+pub(crate) fn size(file: impl AsFd) -> Result<u64, Errno> {
     seek(file, SeekFrom::End(0))
-}
-
-/// What a guest would be the first to find out otherwise; else what stands against it.
-fn can_be_a_disk(
-    file: &OwnedFd,
-    kind: Kind,
-    bytes: u64,
-    options: FileOptions,
-) -> Result<(), (&'static str, String)> {
-    if bytes < 512 {
-        let hint = if kind == Kind::Block { "the device has no medium" } else { "give it a size first" };
-        return Err(("its size", format!("it has {bytes} bytes, and a disk has at least 512: {hint}")));
-    }
-    if kind == Kind::Block && !options.read_only && device::is_read_only(file).unwrap_or(false) {
-        let error = "the device is read-only, and can only be served as a read-only disk";
-        return Err((permission(options), error.to_owned()));
-    }
-    Ok(())
 }
 
 /// Whether io_uring is to be had. Where it may be something else, that is said here, and not only when a guest comes.
@@ -167,17 +168,20 @@ fn same_file(file: &OwnedFd, stat: &rustix::fs::Stat) -> bool {
     fstat(file).is_ok_and(|again| (again.st_dev, again.st_ino) == (stat.st_dev, stat.st_ino))
 }
 
-/// The way past the page cache, if it can be taken always: bytes that are reached both ways would differ. `unit` is the
-/// least that storage is taken to want.
-fn direct(file: Option<OwnedFd>, bytes: u64, unit: u64) -> Result<(OwnedFd, DirectAlign), &'static str> {
+/// The way past the page cache, if it can be taken always: bytes that are reached both ways would differ.
+fn direct(
+    file: Option<OwnedFd>,
+    bytes: u64,
+    options: FileOptions,
+) -> Result<(OwnedFd, DirectAlign), &'static str> {
     const CANNOT: &str = "its file system cannot bypass the page cache";
     let file = file.ok_or(CANNOT)?;
     let mut align = direct_align(&file, bytes).ok_or(CANNOT)?;
-    align.file = align.file.max(unit);
+    align.file = align.file.max(options.unit_bytes_min);
     if align.memory > PAGE_BYTES || align.file > BOUNCE_BYTES / 2 {
         return Err("its storage wants transfers aligned to more than is supported without the page cache");
     }
-    if !bytes.is_multiple_of(align.file) && align.file > 512 {
+    if !bytes.is_multiple_of(align.file) && align.file > 512 && !options.image {
         return Err(
             "its size is no multiple of its storage's blocks, which is all that can be had without the page cache",
         );

@@ -1,8 +1,8 @@
 //! An io_uring instance, and the buffers that the kernel works on.
 //!
 //! The kernel reaches buffers by address while a request is in flight, so they must stay where they are until its
-//! completion is seen. All of them are owned here: guest memory by the reference to its map, bounce buffers and
-//! address lists in the slot of their request. Dropping the ring waits for what is in flight; if that takes too long,
+//! completion is seen. All of them are owned here: guest memory by the reference to its map, bounce buffers, buffers that
+//! came with a transfer and address lists in the slot of their request. Dropping the ring waits for what is in flight; if that takes too long,
 //! the buffers are never freed.
 //!
 //! A killed process drops nothing, and the kernel may go on working for it. What keeps its successor away then are locks
@@ -37,6 +37,7 @@ const DROP_WAIT: Duration = Duration::from_secs(10);
 struct Buffers {
     pieces: Vec<libc::iovec>,
     job: Option<Job>,
+    own: Vec<u8>,
 }
 
 /// A transfer through a buffer of our own.
@@ -73,7 +74,7 @@ pub(super) struct Ring {
     uring: ManuallyDrop<IoUring>,
     slots: ManuallyDrop<Box<[Buffers]>>,
     memory: ManuallyDrop<Arc<Memory>>,
-    hold: ManuallyDrop<Arc<Hold>>,
+    holds: ManuallyDrop<Box<[Arc<Hold>]>>,
     fixed: Option<FixedBuffers>,
     event: Arc<OwnedFd>,
     /// Requests made and not seen completed.
@@ -84,27 +85,27 @@ pub(super) struct Ring {
 
 /// What a ring is made from. Making it may take long (all of guest memory is pinned, if that is wanted), so that is done
 /// before, on a thread that nobody waits for.
-pub(super) struct Parts {
+pub(crate) struct Parts {
     // Before the memory that is registered with it.
     uring: IoUring,
     fixed: Option<FixedBuffers>,
     event: Arc<OwnedFd>,
     memory: Arc<Memory>,
-    hold: Arc<Hold>,
-    depth: u16,
+    holds: Box<[Arc<Hold>]>,
+    depth: usize,
 }
 
 impl Parts {
-    /// For `depth` requests on `files`, which are then named by their index; what `hold` has locked must be one of them.
+    /// For `depth` requests on `files`, which are then named by their index; what `holds` have locked must be among them.
     pub(super) fn new(
         memory: &Arc<Memory>,
-        hold: &Arc<Hold>,
-        depth: u16,
+        holds: &[Arc<Hold>],
+        depth: usize,
         files: &[RawFd],
         sqpoll_ms: Option<u32>,
         fixed_buffers: bool,
     ) -> io::Result<Self> {
-        let mut uring = build(u32::from(depth).next_power_of_two().max(8), sqpoll_ms)?;
+        let mut uring = build((depth as u32).next_power_of_two().max(8), sqpoll_ms)?;
         let lease = memory.lease().map(|lease| lease.as_fd().as_raw_fd());
         let files: Vec<RawFd> = files.iter().copied().chain(lease).collect();
         uring.submitter().register_files(&files)?;
@@ -112,14 +113,14 @@ impl Parts {
         uring.submitter().register_eventfd(event.as_raw_fd())?;
         uring.completion().disable_eventfd();
         let fixed = fixed_buffers.then(|| FixedBuffers::register(&uring, memory)).flatten();
-        Ok(Self { uring, fixed, event, memory: memory.clone(), hold: hold.clone(), depth })
+        Ok(Self { uring, fixed, event, memory: memory.clone(), holds: holds.into(), depth })
     }
 }
 
 impl Ring {
     /// A ring of these parts. To be called, as everything else here, on the thread that uses it.
     pub(super) fn new(parts: Parts) -> io::Result<Self> {
-        let Parts { uring, fixed, event, memory, hold, depth } = parts;
+        let Parts { uring, fixed, event, memory, holds, depth } = parts;
         // From now on it takes requests, and only from this thread.
         uring.submitter().register_enable_rings()?;
         // Without it a call costs a few nanoseconds more; a thread has room for 16.
@@ -129,7 +130,7 @@ impl Ring {
             uring: ManuallyDrop::new(uring),
             slots: ManuallyDrop::new((0..depth).map(|_| Buffers::default()).collect()),
             memory: ManuallyDrop::new(memory),
-            hold: ManuallyDrop::new(hold),
+            holds: ManuallyDrop::new(holds),
             fixed,
             event,
             in_flight: 0,
@@ -155,6 +156,24 @@ impl Ring {
             Way::FromFile => opcode::Readv::new(Fixed(file), list, count).offset(offset).build(),
             to => opcode::Writev::new(Fixed(file), list, count).offset(offset).rw_flags(to.flags()).build(),
         };
+        self.push(slot, entry);
+    }
+
+    /// Keeps the buffer that comes with a transfer until it is over.
+    pub(super) fn keep_own(&mut self, slot: usize, own: Vec<u8>) {
+        self.slots[slot].own = own;
+    }
+
+    /// The buffer that came with a transfer, of which no request is in flight.
+    pub(super) fn own(&mut self, slot: usize) -> &mut Vec<u8> {
+        &mut self.slots[slot].own
+    }
+
+    /// Moves data between the file and `len` bytes of the transfer's own buffer, from byte `from` on.
+    pub(super) fn transfer_own(&mut self, slot: usize, way: Way, at: (u32, u64), from: usize, len: usize) {
+        let bytes = &mut self.slots[slot].own[from..from + len];
+        let piece = Piece { ptr: bytes.as_mut_ptr(), len };
+        let entry = self.single(way, Fixed(at.0), at.1, piece);
         self.push(slot, entry);
     }
 
@@ -273,8 +292,9 @@ impl Ring {
     }
 }
 
-impl Drop for Ring {
-    fn drop(&mut self) {
+impl Ring {
+    /// Waits for what is in flight; false if that takes too long.
+    pub(super) fn finish(&mut self) -> bool {
         let deadline = Instant::now() + DROP_WAIT;
         let mut seen = Vec::new();
         while self.in_flight > 0 && Instant::now() < deadline {
@@ -282,9 +302,15 @@ impl Drop for Ring {
             let wait = Timespec::new().nsec(100_000_000);
             let _ = self.uring.submitter().submit_with_args(1, &SubmitArgs::new().timespec(&wait));
         }
-        if self.in_flight > 0 {
+        self.in_flight == 0
+    }
+}
+
+impl Drop for Ring {
+    fn drop(&mut self) {
+        if !self.finish() {
             tracing::error!(requests = self.in_flight, "storage does not answer: leaving its buffers to it");
-            self.hold.abandon();
+            self.holds.iter().for_each(|hold| hold.abandon());
             return;
         }
         let _ = self.uring.submitter().unregister_ring_fd();
@@ -293,7 +319,7 @@ impl Drop for Ring {
             ManuallyDrop::drop(&mut self.uring);
             ManuallyDrop::drop(&mut self.slots);
             ManuallyDrop::drop(&mut self.memory);
-            ManuallyDrop::drop(&mut self.hold);
+            ManuallyDrop::drop(&mut self.holds);
         }
     }
 }

@@ -12,8 +12,9 @@ use reactor::LogLimit;
 use rustix::fs::{CWD, Mode, OFlags, ftruncate, openat};
 use rustix::io::Errno;
 
+use super::transfer::Transfer;
 use super::{Kind, Opened};
-use crate::backend::{Op, OpKind, Status};
+use crate::backend::{OpKind, Status};
 
 /// Requests of one queue of which the system answers for one at a time: flushes, and writes through the page cache that are
 /// to be durable.
@@ -69,7 +70,7 @@ impl Lane {
 impl Opened {
     /// An open file of a queue's own, through the page cache, on what is open already. Where it cannot be had, queues
     /// share one.
-    pub(super) fn open_again(&self) -> Result<OwnedFd, Errno> {
+    pub(crate) fn open_again(&self) -> Result<OwnedFd, Errno> {
         let access = if self.options.read_only { OFlags::RDONLY } else { OFlags::RDWR };
         let path = format!("/proc/self/fd/{}", self.buffered.as_raw_fd());
         openat(CWD, path, access | OFlags::CLOEXEC, Mode::empty()).or_else(|error| {
@@ -89,19 +90,19 @@ impl Opened {
     }
 
     /// Whether the file still has all that an operation is about. The system zeroes beyond the end without a word.
-    pub(super) fn still_has(&self, op: &Op) -> bool {
-        let there = super::open::size(&self.buffered).is_ok_and(|bytes| op.offset + op.len <= bytes);
+    pub(super) fn still_has(&self, transfer: &Transfer) -> bool {
+        let there = super::open::size(&self.buffered).is_ok_and(|bytes| transfer.end() <= bytes);
         if !there && !self.short_said.swap(true, Ordering::Relaxed) {
-            tracing::warn!(path = %self.path.display(), offset = op.offset, len = op.len, "the file was cut off: requests beyond its end fail");
+            tracing::warn!(path = %self.path.display(), offset = transfer.offset, len = transfer.len, "the file was cut off: requests beyond its end fail");
         }
         there
     }
 
-    /// Cuts the file off once more if `op`, which is over, may have made it longer than it is to be: it was under way when
+    /// Cuts the file off once more if `transfer`, which is over, may have made it longer than it is to be: it was under way when
     /// the size was changed.
     #[inline(always)]
-    pub(super) fn keep_cut(&self, op: &Op) {
-        if op.offset + op.len > self.bytes() && op.kind != OpKind::Read {
+    pub(super) fn keep_cut(&self, transfer: &Transfer) {
+        if transfer.end() > self.bytes() && transfer.kind != OpKind::Read {
             self.cut_again();
         }
     }
@@ -119,15 +120,15 @@ impl Opened {
         }
     }
 
-    /// Logs why an operation failed, and says how to answer it.
+    /// Logs why a transfer failed, and says how to answer it.
     #[cold]
-    pub(super) fn report(&self, op: &Op, error: Errno) -> Status {
+    pub(super) fn report(&self, transfer: &Transfer, error: Errno) -> Status {
         static LIMIT: LogLimit = LogLimit::new();
         if error == Errno::OPNOTSUPP {
             return Status::Unsupported;
         }
         if LIMIT.admits() {
-            tracing::warn!(path = %self.path.display(), kind = ?op.kind, offset = op.offset, len = op.len, %error, "request failed");
+            tracing::warn!(path = %self.path.display(), kind = ?transfer.kind, offset = transfer.offset, len = transfer.len, %error, "request failed");
         }
         Status::IoError
     }

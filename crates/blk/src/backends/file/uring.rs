@@ -1,4 +1,4 @@
-//! A queue's way to a file through io_uring.
+//! A thread's way to files through io_uring.
 //!
 //! A burst is shown to the kernel by one call, and what the page cache could answer is done when it returns. The rest
 //! is looked for in shared memory.
@@ -8,7 +8,7 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
 
 use rustix::io::Errno;
@@ -20,26 +20,39 @@ use super::bounce::{BOUNCE_BYTES, Bounce, Span};
 use super::hold::Hold;
 use super::ring::{Job, PIECES_MAX, Parts, Ring, Way};
 use super::sync::Lane;
+use super::transfer::{Carrier, Data, Ended, Transfer};
 use super::zero::{Step, zeros};
 use super::{DirectAlign, Opened};
-use crate::backend::{BackendError, Channel, Done, Op, OpKind, Status};
-use crate::data::Pieces;
+use crate::backend::{BackendError, Op, OpKind, Status};
 
-/// The most bytes of an operation that the kernel gets at once: a longer one read from the page cache would keep the
+/// The most bytes of a transfer that the kernel gets at once: a longer one read from the page cache would keep the
 /// I/O thread from everything else. A multiple of every alignment.
 const TRANSFER_BYTES_MAX: u64 = 1 << 20;
-/// The most bounce buffers of one queue; requests that need one wait for it.
+/// The most bounce buffers of one thread; transfers that need one wait for it.
 const BOUNCES_MAX: usize = 64;
 
-/// Files of the ring by their index: where data go, and what is asked for durability, which no other queue has, so that
-/// no other is told of what fails here.
-const MAIN: u32 = 0;
-const OWN: u32 = 1;
+/// Index in the ring of the open file that data of `file` go through.
+#[inline(always)]
+fn main(file: u8) -> u32 {
+    u32::from(file) * 2
+}
 
-/// One operation in flight.
+/// Of the one that is asked for durability, which no other thread has, so that no other is told of what fails here.
+fn own(file: u8) -> u32 {
+    u32::from(file) * 2 + 1
+}
+
+/// One of the files.
+struct Reached {
+    file: Arc<Opened>,
+    align: Option<DirectAlign>,
+    lane: Lane,
+}
+
+/// One transfer in flight.
 #[derive(Debug)]
 struct Flight {
-    op: Op,
+    transfer: Transfer,
     /// Bytes that are done.
     progress: u64,
     /// Ways to zero a range that the system turned out not to know.
@@ -50,7 +63,7 @@ impl Flight {
     /// Takes note of a request that succeeded with `result`; false if it got nowhere.
     #[inline(always)]
     fn advance(&mut self, file: &Opened, result: u64) -> bool {
-        let step = match self.op.kind {
+        let step = match self.transfer.kind {
             OpKind::Discard | OpKind::WriteZeroes { .. } => self.zero_step(file),
             _ => Step::Write { len: result },
         };
@@ -63,21 +76,22 @@ impl Flight {
     }
 
     fn zero_step(&self, file: &Opened) -> Step {
-        file.zero_step(&self.op, self.progress, self.refusals)
+        file.zero_step(&self.transfer, self.progress, self.refusals)
     }
 }
 
-/// Blocks that requests in flight have, by slot; empty where none are needed. Given back when it is dropped, at the latest.
-struct Claims {
-    file: Arc<Opened>,
-    by_slot: Box<[Option<Claim>]>,
-}
+/// Blocks that transfers in flight have, by slot; empty where none are needed. Given back when it is dropped, at the latest.
+struct Claims(Box<[Option<Claimed>]>);
+
+/// Blocks of a file.
+type Claimed = (Arc<Opened>, Claim);
 
 impl Claims {
     #[inline(always)]
     fn release(&mut self, slot: usize) {
-        if let Some(blocks) = &self.file.blocks
-            && let Some(claim) = self.by_slot[slot].take()
+        if !self.0.is_empty()
+            && let Some((file, claim)) = self.0[slot].take()
+            && let Some(blocks) = &file.blocks
         {
             blocks.release(claim);
         }
@@ -86,19 +100,18 @@ impl Claims {
 
 impl Drop for Claims {
     fn drop(&mut self) {
-        for slot in 0..self.by_slot.len() {
+        for slot in 0..self.0.len() {
             self.release(slot);
         }
     }
 }
 
-/// A queue's way to a file.
-pub(super) struct Uring {
+/// A thread's way to some files.
+pub(crate) struct Uring {
     ring: Ring,
     // Behind the ring, which waits for the requests that have them.
     claims: Claims,
-    file: Arc<Opened>,
-    align: Option<DirectAlign>,
+    files: Box<[Reached]>,
     flights: Box<[Option<Flight>]>,
     in_flight: usize,
     results: Vec<(usize, i32)>,
@@ -106,55 +119,67 @@ pub(super) struct Uring {
     bounces_made: usize,
     /// Slots that wait for a bounce buffer, or for blocks.
     waiting: VecDeque<usize>,
-    lane: Lane,
 }
 
 impl Uring {
-    /// What may take long, on any thread. `own` is an open file of the queue's, through the page cache.
-    pub(super) fn prepare(
-        hold: &Arc<Hold>,
+    /// What may take long, on any thread: for `depth` transfers on the files that are held, of each of which `owns` has an
+    /// open file of the thread's own, through the page cache.
+    pub(crate) fn prepare(
+        holds: &[Arc<Hold>],
         memory: &Arc<Memory>,
-        depth: u16,
-        own: &OwnedFd,
+        depth: usize,
+        owns: &[OwnedFd],
     ) -> Result<Parts, BackendError> {
-        let file = hold.file();
-        let main = file.direct.as_ref().map_or(own, |(direct, _)| direct);
-        // The one that is locked is always among them.
-        let files = [main.as_raw_fd(), own.as_raw_fd(), file.buffered.as_raw_fd()];
+        let mut files = Vec::new();
+        for (hold, own) in holds.iter().zip(owns) {
+            let main = hold.file().direct.as_ref().map_or(own, |(direct, _)| direct);
+            files.extend([main.as_raw_fd(), own.as_raw_fd()]);
+        }
+        // Those that are locked are always among them.
+        files.extend(holds.iter().map(|hold| hold.file().buffered.as_raw_fd()));
+        let first = holds[0].file();
         // Pinned pages pay only where the kernel would otherwise pin them for each request.
-        let fixed = file.options.fixed_buffers && file.direct.is_some();
-        Parts::new(memory, hold, depth, &files, file.options.sqpoll_ms, fixed)
-            .map_err(|error| not_made(file, &error))
+        let fixed = first.options.fixed_buffers && first.direct.is_some();
+        Parts::new(memory, holds, depth, &files, first.options.sqpoll_ms, fixed)
+            .map_err(|error| not_made(first, &error))
     }
 
     /// The rest, on the thread that will use it.
-    pub(super) fn new(parts: Parts, file: Arc<Opened>, depth: u16) -> Result<Self, BackendError> {
-        let claims = if file.blocks.is_some() { depth } else { 0 };
+    pub(crate) fn new(parts: Parts, files: &[Arc<Opened>], depth: usize) -> Result<Self, BackendError> {
+        let claims = if files.iter().any(|file| file.blocks.is_some()) { depth } else { 0 };
+        let reached =
+            |file: &Arc<Opened>| Reached { file: file.clone(), align: file.align(), lane: Lane::default() };
         Ok(Self {
-            ring: Ring::new(parts).map_err(|error| not_made(&file, &error))?,
-            claims: Claims { file: file.clone(), by_slot: (0..claims).map(|_| None).collect() },
-            align: file.align(),
-            file,
+            ring: Ring::new(parts).map_err(|error| not_made(&files[0], &error))?,
+            claims: Claims((0..claims).map(|_| None).collect()),
+            files: files.iter().map(reached).collect(),
             flights: (0..depth).map(|_| None).collect(),
             in_flight: 0,
-            results: Vec::with_capacity(depth.into()),
+            results: Vec::with_capacity(depth),
             bounces: Vec::new(),
             bounces_made: 0,
             waiting: VecDeque::new(),
-            lane: Lane::default(),
         })
     }
 
-    /// Makes the request for what is left of the operation in `slot`, now or as soon as it may be made.
+    /// The file that a transfer is about.
+    #[inline(always)]
+    fn file(&self, transfer: &Transfer) -> &Reached {
+        &self.files[usize::from(transfer.file)]
+    }
+
+    /// Makes the request for what is left of the transfer in `slot`, now or as soon as it may be made.
     #[inline(always)]
     fn request(&mut self, slot: usize, chains: &Chains) {
-        let Some(Flight { op, progress, .. }) = &self.flights[slot] else { return };
-        let (offset, left) = (op.offset + progress, op.len - progress);
-        let way = match op.kind {
+        let Some(Flight { transfer, .. }) = &self.flights[slot] else { return };
+        let Reached { file, align, .. } = self.file(transfer);
+        let way = match transfer.kind {
             OpKind::Read => Way::FromFile,
-            OpKind::Write if offset + left > self.file.bytes() => return self.ring.nothing(slot),
-            OpKind::Write if op.durable && self.align.is_none() => return self.request_in_lane(slot, chains),
-            OpKind::Write if op.durable => Way::ToFileDurably,
+            OpKind::Write if transfer.end() > file.bytes() => return self.ring.nothing(slot),
+            OpKind::Write if transfer.durable && align.is_none() => {
+                return self.request_in_lane(slot, chains);
+            }
+            OpKind::Write if transfer.durable => Way::ToFileDurably,
             OpKind::Write => Way::ToFile,
             OpKind::Flush => return self.request_in_lane(slot, chains),
             OpKind::Discard | OpKind::WriteZeroes { .. } => return self.request_zeros(slot, chains),
@@ -163,18 +188,24 @@ impl Uring {
         self.transfer(slot, way, chains);
     }
 
-    /// Moves the next part of an operation's data.
+    /// Moves the next part of a transfer's data.
     #[inline(always)]
     fn transfer(&mut self, slot: usize, way: Way, chains: &Chains) {
-        let Some(Flight { op, progress, .. }) = &self.flights[slot] else { return };
-        let (offset, left) = (op.offset + progress, op.len - progress);
+        let Some(Flight { transfer, progress, .. }) = &self.flights[slot] else { return };
+        let (offset, left) = (transfer.offset + progress, transfer.len - progress);
         let len = left.min(TRANSFER_BYTES_MAX);
-        let Some(align) = self.align else {
-            let pieces = Pieces::new(op.kind, chains.get(&op.token), *progress, len);
-            return self.ring.transfer(slot, way, MAIN, offset, pieces);
+        let file = main(transfer.file);
+        let Some(align) = self.file(transfer).align else {
+            let Some(pieces) = transfer.pieces(chains, *progress, len) else {
+                let from = *progress as usize;
+                return self.ring.transfer_own(slot, way, (file, offset), from, len as usize);
+            };
+            return self.ring.transfer(slot, way, file, offset, pieces);
         };
         let len = align.whole_blocks_of(len);
-        let pieces = Pieces::new(op.kind, chains.get(&op.token), *progress, len);
+        let Some(pieces) = transfer.pieces(chains, *progress, len) else {
+            return self.transfer_bounced(slot, way, chains);
+        };
         let unit = align.memory - 1;
         let mut count = 0;
         let aligned = (offset | len).is_multiple_of(align.file)
@@ -188,17 +219,16 @@ impl Uring {
         if way.writes() && !self.claim(slot, offset, len, Need::Shared) {
             return self.waiting.push_back(slot);
         }
-        self.ring.transfer(slot, way, MAIN, offset, pieces);
+        self.ring.transfer(slot, way, file, offset, pieces);
     }
 
     /// The same through a buffer of our own, as soon as there is one. Where only a part of the blocks is to be written,
     /// they are read first.
     #[cold]
     fn transfer_bounced(&mut self, slot: usize, way: Way, chains: &Chains) {
-        let (Some(Flight { op, progress, .. }), Some(align)) = (&self.flights[slot], self.align) else {
-            return;
-        };
-        let span = Span::new(align.file, op.offset + progress, op.len - progress);
+        let Some(Flight { transfer, progress, .. }) = &self.flights[slot] else { return };
+        let (Some(align), file) = (self.file(transfer).align, main(transfer.file)) else { return };
+        let span = Span::new(align.file, transfer.offset + progress, transfer.len - progress);
         let Some(bounce) = self.bounce() else { return self.waiting.push_back(slot) };
         let merging = way.writes() && !span.is_whole();
         let need = if merging { Need::Exclusive } else { Need::Shared };
@@ -208,12 +238,12 @@ impl Uring {
         }
         let mut job = Job { bounce, span, merging };
         if merging {
-            return self.ring.transfer_bounced(slot, Way::FromFile, MAIN, job);
+            return self.ring.transfer_bounced(slot, Way::FromFile, file, job);
         }
         if way.writes() {
             self.fill(slot, &mut job, chains);
         }
-        self.ring.transfer_bounced(slot, way, MAIN, job);
+        self.ring.transfer_bounced(slot, way, file, job);
     }
 
     /// A buffer, if there is one.
@@ -227,72 +257,81 @@ impl Uring {
     }
 
     /// Puts what is to be written where it belongs among the blocks.
-    fn fill(&self, slot: usize, job: &mut Job, chains: &Chains) {
-        let Some(Flight { op, progress, .. }) = &self.flights[slot] else { return };
+    fn fill(&mut self, slot: usize, job: &mut Job, chains: &Chains) {
+        let Some(Flight { transfer, progress, .. }) = &self.flights[slot] else { return };
         let Span { head, data, .. } = job.span;
-        if op.kind == OpKind::Write {
-            let from = Op::DATA_OFFSET + *progress as usize;
-            job.bounce.gather(head, chains.get(&op.token).readable, from, data);
-        } else {
-            job.bounce.clear(head, data);
+        match (transfer.kind, transfer.data) {
+            (OpKind::Write, Data::Chain { slot, from }) => {
+                let from = Op::DATA_OFFSET as u64 + from + progress;
+                job.bounce.gather(head, chains.at(slot.into()).readable, from as usize, data);
+            }
+            (OpKind::Write, Data::Own) => {
+                let own = &self.ring.own(slot)[*progress as usize..];
+                job.bounce.bytes(head + data)[head..].copy_from_slice(&own[..data]);
+            }
+            _ => job.bounce.clear(head, data),
         }
     }
 
-    /// Takes the blocks of a range for the request in `slot`, where others could change a part of them.
+    /// Takes the blocks of a range for the transfer in `slot`, where others could change a part of them.
     #[inline(always)]
     fn claim(&mut self, slot: usize, offset: u64, len: u64, need: Need) -> bool {
-        let Some(blocks) = &self.file.blocks else { return true };
-        let claim = blocks.claim(offset, len, need);
+        let Some(Flight { transfer, .. }) = &self.flights[slot] else { return false };
+        let Reached { file, .. } = self.file(transfer);
+        let Some(blocks) = &file.blocks else { return true };
+        let claim = blocks.claim(offset, len, need).map(|claim| (file.clone(), claim));
         let taken = claim.is_some();
-        self.claims.by_slot[slot] = claim;
+        self.claims.0[slot] = claim;
         taken
     }
 
-    /// Makes a request of those of which a queue has one at a time, see [`Lane`].
+    /// Makes a request of those of which a thread has one at a time, see [`Lane`].
     #[cold]
     fn request_in_lane(&mut self, slot: usize, chains: &Chains) {
-        if !self.lane.enter(slot) {
+        let Some(Flight { transfer, .. }) = &self.flights[slot] else { return };
+        let (kind, file) = (transfer.kind, transfer.file);
+        if !self.files[usize::from(file)].lane.enter(slot) {
             return;
         }
-        match &self.flights[slot] {
-            Some(Flight { op, .. }) if op.kind == OpKind::Write => {
-                self.transfer(slot, Way::ToFileDurably, chains)
-            }
-            _ => self.ring.sync(slot, OWN),
+        match kind {
+            OpKind::Write => self.transfer(slot, Way::ToFileDurably, chains),
+            _ => self.ring.sync(slot, own(file)),
         }
     }
 
-    /// The same for an operation on a range.
+    /// The same for a transfer that zeroes or frees a range.
     fn request_zeros(&mut self, slot: usize, chains: &Chains) {
         let Some(flight) = &self.flights[slot] else { return };
-        let offset = flight.op.offset + flight.progress;
-        if !self.file.still_has(&flight.op) {
+        let offset = flight.transfer.offset + flight.progress;
+        let Reached { file, align, .. } = self.file(&flight.transfer);
+        let (align, number) = (*align, main(flight.transfer.file));
+        if !file.still_has(&flight.transfer) {
             return self.ring.nothing(slot);
         }
-        match flight.zero_step(&self.file) {
+        match flight.zero_step(file) {
             Step::Allocate { mode, len } => {
                 if !self.claim(slot, offset, len, Need::Shared) {
                     return self.waiting.push_back(slot);
                 }
-                self.ring.allocate(slot, MAIN, mode.bits() as i32, offset, len);
+                self.ring.allocate(slot, number, mode.bits() as i32, offset, len);
             }
             Step::Write { len } => {
-                let len = self.align.map_or(len, |align| align.whole_blocks_of(len.min(BOUNCE_BYTES)));
-                if self.align.is_some_and(|align| !(offset | len).is_multiple_of(align.file)) {
+                let len = align.map_or(len, |align| align.whole_blocks_of(len.min(BOUNCE_BYTES)));
+                if align.is_some_and(|align| !(offset | len).is_multiple_of(align.file)) {
                     return self.transfer_bounced(slot, Way::ToFile, chains);
                 }
                 if !self.claim(slot, offset, len, Need::Shared) {
                     return self.waiting.push_back(slot);
                 }
-                self.ring.write_constant(slot, MAIN, offset, zeros(len));
+                self.ring.write_constant(slot, number, offset, zeros(len));
             }
             Step::Skip { .. } => self.ring.nothing(slot),
         }
     }
 
-    /// Takes note of what the kernel says about the request in `slot`; goes on with the operation or ends it.
+    /// Takes note of what the kernel says about the request in `slot`; goes on with the transfer or ends it.
     #[inline(always)]
-    fn complete(&mut self, slot: usize, result: i32, chains: &Chains, done: &mut Vec<Done>) {
+    fn complete(&mut self, slot: usize, result: i32, chains: &Chains, mut ended: impl FnMut(Ended)) {
         let result = match self.ring.take_job(slot) {
             None => result,
             Some(job) => match self.complete_bounced(slot, result, job, chains) {
@@ -302,46 +341,51 @@ impl Uring {
         };
         self.claims.release(slot);
         let Some(flight) = &mut self.flights[slot] else { return };
-        let kind = flight.op.kind;
+        let file = &self.files[usize::from(flight.transfer.file)].file;
+        let kind = flight.transfer.kind;
         if kind == OpKind::Flush {
-            return self.complete_flush(slot, result, chains, done);
+            return self.complete_flush(slot, result, chains, &mut ended);
         }
         let status = match (result, kind) {
-            (_, OpKind::SecureErase) => Status::Unsupported,
-            (0.., OpKind::Discard | OpKind::WriteZeroes { .. }) if !self.file.still_has(&flight.op) => {
-                self.file.report(&flight.op, Errno::IO)
+            (0.., OpKind::Discard | OpKind::WriteZeroes { .. }) if !file.still_has(&flight.transfer) => {
+                file.report(&flight.transfer, Errno::IO)
             }
-            (0.., _) if flight.advance(&self.file, result as u64) => {
-                if flight.progress < flight.op.len {
+            (0.., _) if flight.advance(file, result as u64) => {
+                if flight.progress < flight.transfer.len {
                     return self.request(slot, chains);
                 }
                 Status::Ok
             }
+            (0, OpKind::Read) if file.options.image => {
+                flight.transfer.deliver_zeros(chains, self.ring.own(slot), flight.progress);
+                Status::Ok
+            }
             // The file was cut off below the capacity. What stood there is lost, and zeros would hide that.
-            (0, _) => self.file.report(&flight.op, Errno::IO),
+            (0, _) => file.report(&flight.transfer, Errno::IO),
             _ => {
                 let error = Errno::from_raw_os_error(-result);
                 let refused = error == Errno::OPNOTSUPP
                     && matches!(kind, OpKind::Discard | OpKind::WriteZeroes { .. })
-                    && matches!(flight.zero_step(&self.file), Step::Allocate { .. });
+                    && matches!(flight.zero_step(file), Step::Allocate { .. });
                 flight.refusals += usize::from(refused);
                 if refused || matches!(error, Errno::INTR | Errno::AGAIN) {
                     return self.request(slot, chains);
                 }
-                self.file.report(&flight.op, error)
+                file.report(&flight.transfer, error)
             }
         };
-        if let Some(Flight { op, .. }) = self.flights[slot].take() {
-            self.in_flight -= 1;
-            self.file.keep_cut(&op);
-            if op.durable {
-                self.leave_lane(slot, chains);
-            }
-            done.push(Done { token: op.token, status });
+        file.keep_cut(&flight.transfer);
+        let Transfer { durable, file, data, .. } = flight.transfer;
+        self.flights[slot] = None;
+        self.in_flight -= 1;
+        if durable {
+            self.leave_lane(file, slot, chains);
         }
+        let own = if data == Data::Own { std::mem::take(self.ring.own(slot)) } else { Vec::new() };
+        ended(Ended { id: slot, status, own });
     }
 
-    /// What the request in `slot` came to, for the part of the operation that it was about. None if it is not over.
+    /// What the request in `slot` came to, for the part of the transfer that it was about. None if it is not over.
     #[cold]
     fn complete_bounced(&mut self, slot: usize, result: i32, mut job: Job, chains: &Chains) -> Option<i32> {
         let Span { len, head, .. } = job.span;
@@ -349,9 +393,9 @@ impl Uring {
         if job.merging && moved == Some(len) {
             job.merging = false;
             self.fill(slot, &mut job, chains);
-            let durable = self.flights[slot].as_ref().is_some_and(|flight| flight.op.durable);
-            let way = if durable { Way::ToFileDurably } else { Way::ToFile };
-            self.ring.transfer_bounced(slot, way, MAIN, job);
+            let Some(Flight { transfer, .. }) = &self.flights[slot] else { return None };
+            let way = if transfer.durable { Way::ToFileDurably } else { Way::ToFile };
+            self.ring.transfer_bounced(slot, way, main(transfer.file), job);
             return None;
         }
         let part = match moved {
@@ -360,10 +404,11 @@ impl Uring {
             Some(_) if job.merging => 0,
             Some(moved) => job.span.part_of(moved),
         };
-        if let Some(Flight { op, progress, .. }) = &self.flights[slot]
-            && op.kind == OpKind::Read
+        if let Some(Flight { transfer, progress, .. }) = &self.flights[slot]
+            && transfer.kind == OpKind::Read
         {
-            job.bounce.scatter(head, chains.get(&op.token).writable, *progress as usize, part);
+            let bytes = &job.bounce.bytes(head + part)[head..];
+            transfer.deliver(chains, self.ring.own(slot), *progress, bytes);
         }
         Some(self.give_back(job, part as i32))
     }
@@ -375,28 +420,32 @@ impl Uring {
 
     /// Ends the flush in `slot` and those that it was made for as well.
     #[cold]
-    fn complete_flush(&mut self, slot: usize, result: i32, chains: &Chains, done: &mut Vec<Done>) {
+    fn complete_flush(&mut self, slot: usize, result: i32, chains: &Chains, ended: &mut impl FnMut(Ended)) {
+        let Some(Flight { transfer, .. }) = &self.flights[slot] else { return };
+        let number = transfer.file;
         let result = if result < 0 { Err(Errno::from_raw_os_error(-result)) } else { Ok(()) };
         if matches!(result, Err(Errno::INTR | Errno::AGAIN)) {
-            return self.ring.sync(slot, OWN);
+            return self.ring.sync(slot, own(number));
         }
-        let result = self.file.flushed(result);
-        let companions = self.lane.take_companions();
+        let Reached { file, lane, .. } = &mut self.files[usize::from(number)];
+        let result = file.flushed(result);
+        let companions = lane.take_companions();
         for slot in std::iter::once(slot).chain(companions) {
-            let Some(Flight { op, .. }) = self.flights[slot].take() else { continue };
-            self.in_flight -= 1;
-            let status = if result.is_ok() { Status::Ok } else { Status::IoError };
-            done.push(Done { token: op.token, status });
+            if self.flights[slot].take().is_some() {
+                self.in_flight -= 1;
+                let status = if result.is_ok() { Status::Ok } else { Status::IoError };
+                ended(Ended { id: slot, status, own: Vec::new() });
+            }
         }
-        self.leave_lane(slot, chains);
+        self.leave_lane(number, slot, chains);
     }
 
     /// Lets the next request of the lane go, if `slot` was in it.
     #[cold]
-    fn leave_lane(&mut self, slot: usize, chains: &Chains) {
+    fn leave_lane(&mut self, file: u8, slot: usize, chains: &Chains) {
         let flights = &self.flights;
-        let is_flush = |slot: usize| flights[slot].as_ref().is_some_and(|f| f.op.kind == OpKind::Flush);
-        if let Some(next) = self.lane.leave(slot, is_flush) {
+        let is_flush = |slot: usize| flights[slot].as_ref().is_some_and(|f| f.transfer.kind == OpKind::Flush);
+        if let Some(next) = self.files[usize::from(file)].lane.leave(slot, is_flush) {
             self.request(next, chains);
         }
     }
@@ -404,9 +453,11 @@ impl Uring {
     /// Makes the requests that waited and need not any more.
     #[cold]
     fn retry(&mut self, chains: &Chains) {
-        // What this queue gives back makes it try again anyway. Of what others give back after this attempt it is told.
-        if let Some(blocks) = &self.file.blocks {
-            blocks.wait_for_release(self.ring.event());
+        // What this thread gives back makes it try again anyway. Of what others give back after this attempt it is told.
+        for Reached { file, .. } in &self.files {
+            if let Some(blocks) = &file.blocks {
+                blocks.wait_for_release(self.ring.event());
+            }
         }
         for _ in 0..self.waiting.len() {
             if let Some(slot) = self.waiting.pop_front() {
@@ -414,29 +465,22 @@ impl Uring {
             }
         }
     }
-}
 
-fn not_made(file: &Opened, error: &io::Error) -> BackendError {
-    BackendError(format!("making an io_uring for {}: {error}", file.path.display()))
-}
-
-impl Channel for Uring {
-    fn submit(&mut self, ops: &mut Vec<Op>, chains: &Chains, done: &mut Vec<Done>) {
-        for op in ops.drain(..) {
-            let slot = op.token.slot();
-            self.flights[slot] = Some(Flight { op, progress: 0, refusals: 0 });
-            self.in_flight += 1;
-            self.request(slot, chains);
-        }
-        self.ring.submit();
-        self.reap(chains, done);
+    /// Begins a transfer that needs no buffer of its own.
+    #[inline(always)]
+    pub(super) fn begin(&mut self, slot: usize, transfer: Transfer, chains: &Chains) {
+        self.flights[slot] = Some(Flight { transfer, progress: 0, refusals: 0 });
+        self.in_flight += 1;
+        self.request(slot, chains);
     }
 
-    fn reap(&mut self, chains: &Chains, done: &mut Vec<Done>) {
+    /// See [`Carrier::reap`].
+    #[inline(always)]
+    pub(super) fn collect(&mut self, chains: &Chains, mut ended: impl FnMut(Ended)) {
         let mut results = std::mem::take(&mut self.results);
         self.ring.completions(&mut results);
         for (slot, result) in results.drain(..) {
-            self.complete(slot, result, chains, done);
+            self.complete(slot, result, chains, &mut ended);
         }
         self.results = results;
         if !self.waiting.is_empty() {
@@ -444,17 +488,44 @@ impl Channel for Uring {
         }
         self.ring.submit();
     }
+}
+
+fn not_made(file: &Opened, error: &io::Error) -> BackendError {
+    BackendError(format!("making an io_uring for {}: {error}", file.path.display()))
+}
+
+impl Carrier for Uring {
+    #[inline(always)]
+    fn start(
+        &mut self,
+        id: usize,
+        transfer: Transfer,
+        own: Vec<u8>,
+        chains: &Chains,
+        _ended: &mut Vec<Ended>,
+    ) {
+        if transfer.data == Data::Own {
+            self.ring.keep_own(id, own);
+        }
+        self.begin(id, transfer, chains);
+    }
+
+    #[inline(always)]
+    fn submit(&mut self) {
+        self.ring.submit();
+    }
+
+    #[inline(always)]
+    fn reap(&mut self, chains: &Chains, ended: &mut Vec<Ended>) {
+        self.collect(chains, |end| ended.push(end));
+    }
 
     fn in_flight(&self) -> usize {
         self.in_flight
     }
 
-    fn writes_durably(&self) -> bool {
-        true
-    }
-
-    fn completion_fd(&self) -> Option<RawFd> {
-        Some(self.ring.event().as_raw_fd())
+    fn event(&self) -> &Arc<OwnedFd> {
+        self.ring.event()
     }
 
     fn arm(&mut self) -> bool {
@@ -463,5 +534,9 @@ impl Channel for Uring {
 
     fn disarm(&mut self) {
         self.ring.disarm();
+    }
+
+    fn abandons(&mut self) -> bool {
+        !self.ring.finish()
     }
 }

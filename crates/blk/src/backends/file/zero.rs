@@ -6,7 +6,8 @@
 use rustix::fs::FallocateFlags;
 
 use super::Opened;
-use crate::backend::{Op, OpKind};
+use super::transfer::Transfer;
+use crate::backend::OpKind;
 
 /// The most zeros that are written in one go.
 const ZEROS_BYTES: usize = 256 << 10;
@@ -41,10 +42,11 @@ pub(super) enum Step {
 }
 
 impl Opened {
-    /// What to do about the rest of an operation on a range, of which `progress` bytes are done, after `refusals` ways that
+    /// What to do about the rest of a transfer on a range, of which `progress` bytes are done, after `refusals` ways that
     /// the system turned out not to know.
-    pub(super) fn zero_step(&self, op: &Op, progress: u64, refusals: usize) -> Step {
-        step(self.zero_unit, op.kind, op.offset + progress, op.len - progress, refusals)
+    pub(super) fn zero_step(&self, transfer: &Transfer, progress: u64, refusals: usize) -> Step {
+        let (offset, left) = (transfer.offset + progress, transfer.len - progress);
+        step(self.zero_unit, transfer.kind, offset, left, refusals)
     }
 }
 
