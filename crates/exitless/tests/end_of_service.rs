@@ -4,113 +4,19 @@
 
 #[path = "../../blk/tests/fuse/mod.rs"]
 mod fuse;
+mod guest;
 mod process;
 
 use std::fs::File;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::path::Path;
-use std::sync::Arc;
-use std::thread;
-use std::time::{Duration, Instant};
 
 use fuse::Failing;
-use process::{LIMIT, Scratch, Service};
+use guest::{BLOCK, Guest, IN, OUT, eventually, front_end};
+use process::{Scratch, Service};
 use rustix::process::{Signal, kill_process};
-use vhost::vhost_user::message::{VhostUserHeaderFlag, VhostUserProtocolFeatures};
-use vhost::vhost_user::{Frontend, VhostUserFrontend};
-use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
-use virtio::fake::{FakeDriver, FakeOptions, MEMORY_START};
-use virtio::memory::Mapping;
-use virtio::{GuestAddr, Memory, Region};
+use vhost::VhostBackend;
 use vmm_sys_util::eventfd::EventFd;
-
-const BLOCK: usize = 4096;
-const MEMORY_BYTES: u64 = 1 << 20;
-/// What is added to a guest address to make the front end's.
-const USER: u64 = 0x7f00_0000_0000;
-/// Request types (virtio 1.2, section 5.2.6).
-const IN: u32 = 0;
-const OUT: u32 = 1;
-
-/// A front end that has negotiated what there is, and set up nothing.
-fn front_end(socket: &str) -> Frontend {
-    let mut frontend = Frontend::connect(socket, 1).unwrap();
-    frontend.set_owner().unwrap();
-    let unwanted = virtio::features::RING_PACKED | virtio::features::IN_ORDER | virtio::features::EVENT_IDX;
-    let features = frontend.get_features().unwrap() & !unwanted;
-    let offered = frontend.get_protocol_features().unwrap();
-    frontend.set_protocol_features(offered & !VhostUserProtocolFeatures::INBAND_NOTIFICATIONS).unwrap();
-    frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
-    frontend.set_features(features).unwrap();
-    frontend
-}
-
-/// A guest with a disk in service.
-struct Guest {
-    frontend: Frontend,
-    driver: FakeDriver,
-    kick: EventFd,
-}
-
-impl Guest {
-    fn new(socket: &str) -> Self {
-        let (mapping, file) = Mapping::anonymous("guest", MEMORY_BYTES).unwrap();
-        let region = Region::new(GuestAddr(MEMORY_START), Arc::new(mapping)).unwrap();
-        let options = FakeOptions { memory_bytes: MEMORY_BYTES, ..FakeOptions::default() };
-        let driver = FakeDriver::in_memory(options, Memory::new(vec![region]).unwrap());
-        let mut frontend = front_end(socket);
-        let table = VhostUserMemoryRegionInfo {
-            guest_phys_addr: MEMORY_START,
-            memory_size: MEMORY_BYTES,
-            userspace_addr: USER + MEMORY_START,
-            mmap_offset: 0,
-            mmap_handle: file.as_raw_fd(),
-        };
-        frontend.set_mem_table(&[table]).unwrap();
-        let ring = driver.ring_config();
-        let addresses = VringConfigData {
-            queue_max_size: ring.size,
-            queue_size: ring.size,
-            flags: 0,
-            desc_table_addr: USER + ring.desc.0,
-            used_ring_addr: USER + ring.device.0,
-            avail_ring_addr: USER + ring.driver.0,
-            log_addr: None,
-        };
-        let [kick, call] = [(); 2].map(|()| EventFd::new(0).unwrap());
-        frontend.set_vring_num(0, ring.size).unwrap();
-        frontend.set_vring_base(0, 0).unwrap();
-        frontend.set_vring_addr(0, &addresses).unwrap();
-        frontend.set_vring_call(0, &call).unwrap();
-        frontend.set_vring_kick(0, &kick).unwrap();
-        frontend.set_vring_enable(0, true).unwrap();
-        Self { frontend, driver, kick }
-    }
-
-    /// The status of a request for one block.
-    fn request(&mut self, kind: u32, block: u64, data: &[u8]) -> u8 {
-        let mut header = [0; 16];
-        header[..4].copy_from_slice(&kind.to_le_bytes());
-        header[8..].copy_from_slice(&(block * (BLOCK / 512) as u64).to_le_bytes());
-        let driver = &mut self.driver;
-        let head = driver.readable(&header);
-        let data = if kind == OUT { driver.readable(data) } else { driver.writable(BLOCK) };
-        let status = driver.writable(1);
-        driver.offer(&[head, data, status], false);
-        self.kick.write(1).unwrap();
-        eventually("the answer", || driver.ring.reap().unwrap().is_some());
-        driver.read(status.addr, 1)[0]
-    }
-}
-
-/// Waits until `condition` holds.
-fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
-    let deadline = Instant::now() + LIMIT;
-    while !condition() {
-        assert!(Instant::now() < deadline, "{what}: not within {LIMIT:?}");
-        thread::sleep(Duration::from_millis(1));
-    }
-}
 
 /// Another host may serve the image next, and knows nothing of this one's cache.
 #[test]

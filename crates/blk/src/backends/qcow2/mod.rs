@@ -231,10 +231,12 @@ impl Backend for Qcow2 {
     }
 
     fn resize(&self, bytes: Option<u64>) -> Result<Geometry, BackendError> {
-        let Some(bytes) = bytes.map(|bytes| bytes & !511) else { return Ok(self.geometry()) };
         let mut state = self.state();
+        // This reads it again where another service may have given it another size.
         let mut control = self.control(&mut state)?;
-        if bytes != state.image.bytes() {
+        if let Some(bytes) = bytes.map(|bytes| bytes & !511)
+            && bytes != state.image.bytes()
+        {
             let resized = control.resize(bytes);
             resized.map_err(|what| {
                 BackendError(format!("resizing {} to {bytes} bytes: {what} failed", self.path.display()))

@@ -1,5 +1,6 @@
 //! Compressed clusters, made whole by threads beside the I/O threads: one takes as long as hundreds of requests.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Mutex, PoisonError};
 
@@ -71,8 +72,11 @@ fn serve(work: &Receiver<Packed>) {
             _ => Inflater::new(compression),
         };
         let mut cluster = vec![0; cluster_bytes as usize];
-        let whole = inflater.inflate(&stream, &mut cluster);
-        known = Some((compression, inflater));
-        seat.post(Post::Unpacked(ticket, whole.is_ok().then_some(cluster)));
+        // Streams are anybody's: whoever waits for one that trips the decoder is to be told.
+        let whole = catch_unwind(AssertUnwindSafe(|| inflater.inflate(&stream, &mut cluster).is_ok()));
+        if whole.is_ok() {
+            known = Some((compression, inflater));
+        }
+        seat.post(Post::Unpacked(ticket, whole.unwrap_or(false).then_some(cluster)));
     }
 }
