@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use blk::backends::file::{Direct, Engine, File, FileOptions};
 use blk::config::WRITEBACK_OFFSET;
 use blk::{Blk, Options};
-use fake::{FLUSH, IO_ERROR, OK, OUT, Rig, Ring, header, pattern};
+use fake::{FLUSH, IO_ERROR, OK, OUT, Rig, Ring, WRITE_ZEROES, header, pattern, range};
 use fuse::Failing;
 use lines::Lines;
 use virtio::{ConfigError, Device};
@@ -160,5 +160,20 @@ fn a_cache_that_cannot_be_flushed_stays_one_that_the_driver_has_to_flush() {
         // What the driver asks for next tells it so.
         assert_eq!(rigs[0].status(FLUSH, 0, &[], 0), IO_ERROR, "{context}");
         disk.write_config(WRITEBACK_OFFSET, &[1]).unwrap();
+    });
+}
+
+/// The system tells of a failed write-back once; whoever is told first is not always who has to know.
+#[test]
+fn an_error_that_a_durable_write_was_told_of_is_the_flushs_too() {
+    each_way(|storage, options, queues, context| {
+        storage.fail_writes((BAD * BLOCK) as u64..((BAD + 1) * BLOCK) as u64);
+        let (disk, mut rigs) = open(storage, options, queues);
+        disk.write_config(WRITEBACK_OFFSET, &[0]).unwrap();
+        let zeros = [&header(WRITE_ZEROES, 0)[..], &range(sector(BAD), (BLOCK / 512) as u32, 0)];
+        let zeros = rigs[0].send(&zeros, &[1]);
+        let write = rigs[0].send(&[&header(OUT, sector(BAD)), &pattern(BLOCK, 3)], &[1]);
+        assert_eq!(rigs[0].wait(write).status(), IO_ERROR, "{context}");
+        assert_eq!(rigs[0].wait(zeros).status(), IO_ERROR, "{context}: the zeros are lost");
     });
 }

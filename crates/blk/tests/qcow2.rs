@@ -8,6 +8,7 @@ use std::process::Command;
 use std::sync::Arc;
 
 use blk::Backend;
+use blk::backends::file::Lock;
 use blk::backends::qcow2::{Qcow2, Qcow2Options};
 use fake::{DISCARD, FLUSH, OK, Rig, Ring, format_qcow2, pattern, range};
 
@@ -67,7 +68,7 @@ fn an_image_that_was_let_go_of_is_whole_for_the_next_host() {
     rig.write(777, &data);
     storage.settle().unwrap();
     // The service has not ended: what it would write then comes too late.
-    let next = Qcow2Options { read_only: true, lock: false, ..Qcow2Options::default() };
+    let next = Qcow2Options { read_only: true, lock: Lock::Off, ..Qcow2Options::default() };
     let mut next = Rig::new(Arc::new(Qcow2::open(&file.0, next).unwrap()), Ring::SPLIT);
     assert!(next.read(777, data.len()) == data);
 }

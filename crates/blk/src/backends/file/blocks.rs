@@ -62,6 +62,10 @@ impl Blocks {
     pub(super) fn claim(&self, offset: u64, len: u64, need: Need) -> Option<Claim> {
         let first = offset / self.block_bytes;
         let count = ((offset + len).div_ceil(self.block_bytes) - first).min(WORDS);
+        // What is taken and given back again wakes those who wait, this one among them.
+        if count > 1 && !self.look_free(first, count, need) {
+            return None;
+        }
         for block in first..first + count {
             let word = self.word(block);
             let taken = match need {
@@ -76,6 +80,23 @@ impl Blocks {
             }
         }
         Some(Claim { first, count, need })
+    }
+
+    /// Whether blocks may be had. Those that others have together are marked as wanted.
+    fn look_free(&self, first: u64, count: u64, need: Need) -> bool {
+        let is_free = |block| {
+            let word = self.word(block);
+            match (need, word.load(Ordering::SeqCst)) {
+                (_, 0 | WANTED) => true,
+                (Need::Shared, state) => state < SHARED_MAX,
+                (Need::Exclusive, _) => {
+                    want(word);
+                    false
+                }
+            }
+        };
+        // All of them are looked at: each is to be marked.
+        (first..first + count).filter(|&block| !is_free(block)).count() == 0
     }
 
     /// Gives blocks back.
@@ -138,6 +159,12 @@ fn take_exclusive(word: &AtomicU16) -> bool {
     matches!(word.fetch_update(Ordering::SeqCst, Ordering::SeqCst, next), Ok(0 | WANTED))
 }
 
+/// Marks what others have together as wanted by one alone.
+fn want(word: &AtomicU16) {
+    let next = |state: u16| (0 < state && state < WANTED).then_some(state | WANTED);
+    let _ = word.fetch_update(Ordering::SeqCst, Ordering::SeqCst, next);
+}
+
 #[cfg(test)]
 mod tests {
     use rustix::event::{EventfdFlags, eventfd};
@@ -192,6 +219,26 @@ mod tests {
         assert!(rung());
         blocks.release(blocks.claim(0, 512, Need::Shared).unwrap());
         assert!(!rung(), "once");
+    }
+
+    /// Else a thread that waits would wake itself for as long as the block is taken.
+    #[test]
+    fn an_attempt_in_vain_wakes_nobody() {
+        let blocks = Blocks::new(4096);
+        let event = Arc::new(eventfd(0, EventfdFlags::NONBLOCK).unwrap());
+        for need in [Need::Exclusive, Need::Shared] {
+            let second = blocks.claim(4096, 512, Need::Exclusive).unwrap();
+            blocks.wait_for_release(&event);
+            assert!(blocks.claim(512, 8192, need).is_none());
+            assert!(rustix::io::read(&event, &mut [0; 8]).is_err(), "{need:?}");
+            blocks.release(second);
+            assert!(rustix::io::read(&event, &mut [0; 8]).is_ok());
+        }
+        let shared = blocks.claim(4096, 4096, Need::Shared).unwrap();
+        assert!(blocks.claim(512, 8192, Need::Exclusive).is_none());
+        assert!(blocks.claim(4096, 4096, Need::Shared).is_none(), "it is wanted");
+        blocks.release(shared);
+        assert!(blocks.claim(512, 8192, Need::Exclusive).is_some());
     }
 
     #[test]

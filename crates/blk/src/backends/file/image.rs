@@ -2,7 +2,7 @@
 
 use std::os::fd::OwnedFd;
 
-use rustix::fs::{fdatasync, ftruncate};
+use rustix::fs::ftruncate;
 use rustix::io::Errno;
 
 use super::{Kind, Opened, open};
@@ -40,7 +40,7 @@ impl Opened {
 
     /// Makes durable what was written.
     pub(crate) fn flush(&self) -> Result<(), BackendError> {
-        self.flushed(fdatasync(&self.buffered))
+        self.sync(&self.buffered)
             .map_err(|error| BackendError(format!("flushing {}: {error}", self.path.display())))
     }
 }

@@ -4,11 +4,12 @@
 //! that is refused, and keeps what was promised of the page cache.
 #![allow(unsafe_code)]
 
+use std::io::IoSlice;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
-use rustix::fs::{fallocate, fdatasync};
-use rustix::io::{Errno, pread, pwrite};
+use rustix::fs::fallocate;
+use rustix::io::{Errno, ReadWriteFlags, pread, pwrite, pwritev2};
 use virtio::ring::Chains;
 
 use super::blocks::Need;
@@ -32,6 +33,8 @@ pub(super) struct Inline {
     hold: Arc<Hold>,
     /// An open file of this thread's own, through the page cache.
     own: OwnedFd,
+    /// Something was written that no flush has covered.
+    is_cached: bool,
     pieces: Vec<libc::iovec>,
     bounce: Option<Bounce>,
 }
@@ -56,7 +59,7 @@ impl Part<'_> {
 
 impl Inline {
     pub(super) fn new(hold: Arc<Hold>, own: OwnedFd) -> Self {
-        Self { hold, own, pieces: Vec::with_capacity(PIECES_MAX), bounce: None }
+        Self { hold, own, is_cached: false, pieces: Vec::with_capacity(PIECES_MAX), bounce: None }
     }
 
     fn file(&self) -> &Opened {
@@ -68,7 +71,8 @@ impl Inline {
         self.file().direct.as_ref().map_or(self.own.as_fd(), |(direct, _)| direct.as_fd())
     }
 
-    /// Does `work` while no other queue changes a part of the range's blocks; 0, so that it is tried again, if one does.
+    /// Does `work` while no other queue changes a part of the range's blocks; as after a signal, so that it is tried
+    /// again, if one does.
     fn claimed(
         &self,
         offset: u64,
@@ -77,7 +81,6 @@ impl Inline {
         work: impl FnOnce() -> Result<u64, Errno>,
     ) -> Result<u64, Errno> {
         let Some(blocks) = &self.file().blocks else { return work() };
-        // As after a signal.
         let claim = blocks.claim(offset, len, need).ok_or(Errno::INTR)?;
         let result = work();
         blocks.release(claim);
@@ -167,10 +170,8 @@ impl Inline {
                 }
                 _ => bounce.clear(head, data),
             }
-            let moved = pwrite(self.main(), bounce.bytes(len), start)?;
-            if transfer.durable {
-                fdatasync(self.main())?;
-            }
+            let flags = if transfer.durable { ReadWriteFlags::DSYNC } else { ReadWriteFlags::empty() };
+            let moved = pwritev2(self.main(), &[IoSlice::new(bounce.bytes(len))], start, flags)?;
             Ok(span.part_of(moved) as u64)
         })
     }
@@ -233,10 +234,22 @@ impl Inline {
                 Ok(_) if !self.file().still_has(transfer) => Err(Errno::IO),
                 other => other,
             },
-            OpKind::Flush => self.file().flushed(fdatasync(&self.own)).map(|()| 0),
+            OpKind::Flush => {
+                self.is_cached = false;
+                self.file().sync(&self.own).map(|()| 0)
+            }
             OpKind::SecureErase => Err(Errno::OPNOTSUPP),
         };
         self.file().keep_cut(transfer);
+        match &result {
+            Ok(_) => self.is_cached |= self.file().direct.is_none() && transfer.leaves_cached(),
+            Err(Errno::INTR) => {}
+            // See the header of `sync`.
+            Err(_) if transfer.durable && self.is_cached => {
+                let _ = self.file().flushed(Err(Errno::IO));
+            }
+            Err(_) => {}
+        }
         match result {
             Ok(moved) => Ok(progress + moved),
             // A signal (tmpfs has undone what it had done), or others have the blocks now.

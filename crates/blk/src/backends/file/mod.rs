@@ -315,6 +315,7 @@ impl Backend for File {
                 return Err(failed("changing its size", &error));
             }
         } else {
+            let _alone = opened.sizing.lock().unwrap_or_else(PoisonError::into_inner);
             opened.was_cut.store(false, Ordering::Relaxed);
             opened.bytes.store(opened.whole(self.bytes_now()?), Ordering::Relaxed);
         }

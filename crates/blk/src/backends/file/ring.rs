@@ -81,6 +81,8 @@ pub(super) struct Ring {
     in_flight: usize,
     /// Requests made and not shown to the kernel.
     unsubmitted: usize,
+    /// When waiting for the last requests ends, once that has begun.
+    deadline: Option<Instant>,
 }
 
 /// What a ring is made from. Making it may take long (all of guest memory is pinned, if that is wanted), so that is done
@@ -135,6 +137,7 @@ impl Ring {
             event,
             in_flight: 0,
             unsubmitted: 0,
+            deadline: None,
         })
     }
 
@@ -293,9 +296,9 @@ impl Ring {
 }
 
 impl Ring {
-    /// Waits for what is in flight; false if that takes too long.
+    /// Waits for what is in flight; false if that takes too long. It waits once.
     pub(super) fn finish(&mut self) -> bool {
-        let deadline = Instant::now() + DROP_WAIT;
+        let deadline = *self.deadline.get_or_insert_with(|| Instant::now() + DROP_WAIT);
         let mut seen = Vec::new();
         while self.in_flight > 0 && Instant::now() < deadline {
             self.completions(&mut seen);

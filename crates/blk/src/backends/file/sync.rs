@@ -2,15 +2,17 @@
 //!
 //! The system reports a failed write-back once for each open file, to whoever asks first; then it takes the data for
 //! written, and the page cache goes on showing what is not on disk. So each queue has an open file of its own and asks for
-//! one thing at a time ([`Lane`]); and once a flush has failed, all do, for as long as the file is open here.
+//! one thing at a time ([`Lane`]); and once a flush has failed, all do, for as long as the file is open here. A write that is
+//! to be durable asks too. Where it fails, and other data had gone to the page cache before it that no flush has covered, the
+//! error may have been theirs: that counts as a flush that failed.
 
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::atomic::Ordering;
 
 use reactor::LogLimit;
-use rustix::fs::{CWD, Mode, OFlags, ftruncate, openat};
-use rustix::io::Errno;
+use rustix::fs::{CWD, Mode, OFlags, fdatasync, ftruncate, openat};
+use rustix::io::{Errno, retry_on_intr};
 
 use super::transfer::Transfer;
 use super::{Kind, Opened};
@@ -77,6 +79,11 @@ impl Opened {
             tracing::debug!(path = %self.path.display(), %error, "queues share one open file");
             rustix::io::fcntl_dupfd_cloexec(self.buffered.as_fd(), 0)
         })
+    }
+
+    /// Asks the system to make durable what was written through `fd`, and says what to answer.
+    pub(super) fn sync(&self, fd: impl AsFd) -> Result<(), Errno> {
+        self.flushed(retry_on_intr(|| fdatasync(fd.as_fd())))
     }
 
     /// What to answer a flush that the system answered with `result`.

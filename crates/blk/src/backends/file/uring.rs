@@ -47,6 +47,8 @@ struct Reached {
     file: Arc<Opened>,
     align: Option<DirectAlign>,
     lane: Lane,
+    /// Something is in the page cache that no flush has covered.
+    is_cached: bool,
 }
 
 /// One transfer in flight.
@@ -80,7 +82,7 @@ impl Flight {
     }
 }
 
-/// Blocks that transfers in flight have, by slot; empty where none are needed. Given back when it is dropped, at the latest.
+/// Blocks that transfers in flight have, by slot; empty where none are needed.
 struct Claims(Box<[Option<Claimed>]>);
 
 /// Blocks of a file.
@@ -98,10 +100,11 @@ impl Claims {
     }
 }
 
-impl Drop for Claims {
+impl Drop for Uring {
     fn drop(&mut self) {
-        for slot in 0..self.0.len() {
-            self.release(slot);
+        // What storage does not answer may still be written: nobody else gets those blocks.
+        if self.ring.finish() {
+            (0..self.claims.0.len()).for_each(|slot| self.claims.release(slot));
         }
     }
 }
@@ -109,7 +112,6 @@ impl Drop for Claims {
 /// A thread's way to some files.
 pub(crate) struct Uring {
     ring: Ring,
-    // Behind the ring, which waits for the requests that have them.
     claims: Claims,
     files: Box<[Reached]>,
     flights: Box<[Option<Flight>]>,
@@ -147,8 +149,12 @@ impl Uring {
     /// The rest, on the thread that will use it.
     pub(crate) fn new(parts: Parts, files: &[Arc<Opened>], depth: usize) -> Result<Self, BackendError> {
         let claims = if files.iter().any(|file| file.blocks.is_some()) { depth } else { 0 };
-        let reached =
-            |file: &Arc<Opened>| Reached { file: file.clone(), align: file.align(), lane: Lane::default() };
+        let reached = |file: &Arc<Opened>| Reached {
+            file: file.clone(),
+            align: file.align(),
+            lane: Lane::default(),
+            is_cached: false,
+        };
         Ok(Self {
             ring: Ring::new(parts).map_err(|error| not_made(&files[0], &error))?,
             claims: Claims((0..claims).map(|_| None).collect()),
@@ -295,7 +301,10 @@ impl Uring {
         }
         match kind {
             OpKind::Write => self.transfer(slot, Way::ToFileDurably, chains),
-            _ => self.ring.sync(slot, own(file)),
+            _ => {
+                self.files[usize::from(file)].is_cached = false;
+                self.ring.sync(slot, own(file));
+            }
         }
     }
 
@@ -341,7 +350,9 @@ impl Uring {
         };
         self.claims.release(slot);
         let Some(flight) = &mut self.flights[slot] else { return };
-        let file = &self.files[usize::from(flight.transfer.file)].file;
+        let reached = &mut self.files[usize::from(flight.transfer.file)];
+        reached.is_cached |= reached.align.is_none() && flight.transfer.leaves_cached();
+        let (file, is_cached) = (&reached.file, reached.is_cached);
         let kind = flight.transfer.kind;
         if kind == OpKind::Flush {
             return self.complete_flush(slot, result, chains, &mut ended);
@@ -374,6 +385,10 @@ impl Uring {
                 file.report(&flight.transfer, error)
             }
         };
+        if status != Status::Ok && flight.transfer.durable && is_cached {
+            // See the header of `sync`.
+            let _ = file.flushed(Err(Errno::IO));
+        }
         file.keep_cut(&flight.transfer);
         let Transfer { durable, file, data, .. } = flight.transfer;
         self.flights[slot] = None;
