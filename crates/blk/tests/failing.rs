@@ -170,7 +170,8 @@ fn an_error_that_a_durable_write_was_told_of_is_the_flushs_too() {
         storage.fail_writes((BAD * BLOCK) as u64..((BAD + 1) * BLOCK) as u64);
         let (disk, mut rigs) = open(storage, options, queues);
         disk.write_config(WRITEBACK_OFFSET, &[0]).unwrap();
-        let zeros = [&header(WRITE_ZEROES, 0)[..], &range(sector(BAD), (BLOCK / 512) as u32, 0)];
+        storage.refuse_fallocate();
+        let zeros = [&header(WRITE_ZEROES, 0)[..], &range(sector(BAD), 8, 0)];
         let zeros = rigs[0].send(&zeros, &[1]);
         let write = rigs[0].send(&[&header(OUT, sector(BAD)), &pattern(BLOCK, 3)], &[1]);
         assert_eq!(rigs[0].wait(write).status(), IO_ERROR, "{context}");

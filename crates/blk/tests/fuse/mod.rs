@@ -52,6 +52,7 @@ struct Store {
     bytes: Mutex<Vec<u8>>,
     bad: Mutex<Range<u64>>,
     fsync_fails: AtomicBool,
+    allocates: AtomicBool,
     fsyncs: AtomicU64,
     held: Mutex<Held>,
 }
@@ -80,6 +81,7 @@ impl Failing {
             bytes: Mutex::new(vec![0; bytes]),
             bad: Mutex::new(0..0),
             fsync_fails: AtomicBool::new(false),
+            allocates: AtomicBool::new(true),
             fsyncs: AtomicU64::new(0),
             held: Mutex::default(),
         });
@@ -138,6 +140,11 @@ impl Failing {
     /// Makes fsync fail, or succeed.
     pub fn fail_fsync(&self, fails: bool) {
         self.store.fsync_fails.store(fails, Ordering::SeqCst);
+    }
+
+    /// Makes `fallocate(2)` unknown from now on.
+    pub fn refuse_fallocate(&self) {
+        self.store.allocates.store(false, Ordering::SeqCst);
     }
 
     /// How often durability was asked for.
@@ -273,6 +280,7 @@ fn perform(opcode: u32, node: u64, body: &[u8], store: &Store) -> Result<Vec<u8>
             store.fsyncs.fetch_add(1, Ordering::SeqCst);
             if store.fsync_fails.load(Ordering::SeqCst) { Err(libc::EIO) } else { Ok(Vec::new()) }
         }
+        opcode::FALLOCATE if !store.allocates.load(Ordering::SeqCst) => Err(libc::EOPNOTSUPP),
         opcode::FALLOCATE => {
             let mut bytes = store.bytes.lock().unwrap();
             let from = (u64_at(body, 8) as usize).min(bytes.len());
