@@ -33,8 +33,6 @@ pub(super) struct Inline {
     hold: Arc<Hold>,
     /// An open file of this thread's own, through the page cache.
     own: OwnedFd,
-    /// Something was written that no flush has covered.
-    is_cached: bool,
     pieces: Vec<libc::iovec>,
     bounce: Option<Bounce>,
 }
@@ -59,7 +57,7 @@ impl Part<'_> {
 
 impl Inline {
     pub(super) fn new(hold: Arc<Hold>, own: OwnedFd) -> Self {
-        Self { hold, own, is_cached: false, pieces: Vec::with_capacity(PIECES_MAX), bounce: None }
+        Self { hold, own, pieces: Vec::with_capacity(PIECES_MAX), bounce: None }
     }
 
     fn file(&self) -> &Opened {
@@ -215,6 +213,7 @@ impl Inline {
         chains: &Chains,
     ) -> Result<u64, Status> {
         let mut part = Part { transfer, progress, chains, own };
+        self.file().note_cached(transfer);
         let result = match transfer.kind {
             OpKind::Write if transfer.end() > self.file().bytes() => Err(Errno::IO),
             OpKind::Read | OpKind::Write => match self.transfer(&mut part) {
@@ -224,6 +223,10 @@ impl Inline {
                 }
                 // The file was cut off below the capacity. What stood there is lost, and zeros would hide that.
                 Ok(0) => Err(Errno::IO),
+                Err(error) => {
+                    self.file().note_failed(transfer, error);
+                    Err(error)
+                }
                 other => other,
             },
             OpKind::Discard | OpKind::WriteZeroes { .. } if !self.file().still_has(transfer) => {
@@ -234,22 +237,10 @@ impl Inline {
                 Ok(_) if !self.file().still_has(transfer) => Err(Errno::IO),
                 other => other,
             },
-            OpKind::Flush => {
-                self.is_cached = false;
-                self.file().sync(&self.own).map(|()| 0)
-            }
+            OpKind::Flush => self.file().sync(&self.own).map(|()| 0),
             OpKind::SecureErase => Err(Errno::OPNOTSUPP),
         };
         self.file().keep_cut(transfer);
-        match &result {
-            Ok(_) => self.is_cached |= self.file().direct.is_none() && transfer.leaves_cached(),
-            Err(Errno::INTR) => {}
-            // See the header of `sync`.
-            Err(_) if transfer.durable && self.is_cached => {
-                let _ = self.file().flushed(Err(Errno::IO));
-            }
-            Err(_) => {}
-        }
         match result {
             Ok(moved) => Ok(progress + moved),
             // A signal (tmpfs has undone what it had done), or others have the blocks now.

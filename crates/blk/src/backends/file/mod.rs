@@ -29,6 +29,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use rustix::fs::fsync;
+use rustix::io::retry_on_intr;
 use virtio::Memory;
 
 use self::blocks::Blocks;
@@ -175,6 +176,8 @@ pub(crate) struct Opened {
     sizing: Mutex<()>,
     /// The size was made smaller.
     was_cut: AtomicBool,
+    /// Something was written that only a flush makes durable.
+    is_cached: AtomicBool,
     /// A flush has failed.
     flush_failed: AtomicBool,
     /// It was said that somebody has cut the file off.
@@ -316,11 +319,12 @@ impl Backend for File {
             }
         } else {
             let _alone = opened.sizing.lock().unwrap_or_else(PoisonError::into_inner);
-            opened.was_cut.store(false, Ordering::Relaxed);
             opened.bytes.store(opened.whole(self.bytes_now()?), Ordering::Relaxed);
+            opened.was_cut.store(false, Ordering::Relaxed);
         }
         // The size is of no use after a power cut if it is in memory only.
-        fsync(&opened.buffered).map_err(|e| failed("making its size durable", &e))?;
+        let synced = opened.flushed(retry_on_intr(|| fsync(&opened.buffered)));
+        synced.map_err(|e| failed("making its size durable", &e))?;
         Ok(self.geometry())
     }
 

@@ -125,6 +125,7 @@ pub(crate) fn open_part(path: &Path, options: FileOptions) -> Result<Opened, Bac
         bytes: AtomicU64::new(if options.image { i64::MAX as u64 } else { bytes & !511 }),
         sizing: Mutex::default(),
         was_cut: AtomicBool::new(false),
+        is_cached: AtomicBool::new(false),
         flush_failed: AtomicBool::new(false),
         short_said: AtomicBool::new(false),
         block_bytes,

@@ -2,9 +2,10 @@
 //!
 //! The system reports a failed write-back once for each open file, to whoever asks first; then it takes the data for
 //! written, and the page cache goes on showing what is not on disk. So each queue has an open file of its own and asks for
-//! one thing at a time ([`Lane`]); and once a flush has failed, all do, for as long as the file is open here. A write that is
-//! to be durable asks too. Where it fails, and other data had gone to the page cache before it that no flush has covered, the
-//! error may have been theirs: that counts as a flush that failed.
+//! one thing at a time ([`Lane`]); and once a flush has failed, all do, for as long as the file is open here.
+//!
+//! Whatever may be told of a failed write-back tells [`Opened::flushed`]. Only a write that is to be durable may fail alone,
+//! and only while nothing else was put into the page cache: else the error may have been that one's.
 
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -79,6 +80,23 @@ impl Opened {
             tracing::debug!(path = %self.path.display(), %error, "queues share one open file");
             rustix::io::fcntl_dupfd_cloexec(self.buffered.as_fd(), 0)
         })
+    }
+
+    /// Takes note that a transfer, which begins, puts something into the page cache.
+    #[inline(always)]
+    pub(super) fn note_cached(&self, transfer: &Transfer) {
+        if transfer.leaves_cached() && self.direct.is_none() && !self.is_cached.load(Ordering::Relaxed) {
+            self.is_cached.store(true, Ordering::SeqCst);
+        }
+    }
+
+    /// Takes note that the system has failed a transfer.
+    #[cold]
+    pub(super) fn note_failed(&self, transfer: &Transfer, error: Errno) {
+        let for_now = matches!(error, Errno::INTR | Errno::AGAIN);
+        if transfer.durable && !for_now && self.is_cached.load(Ordering::SeqCst) {
+            let _ = self.flushed(Err(error));
+        }
     }
 
     /// Asks the system to make durable what was written through `fd`, and says what to answer.

@@ -53,11 +53,10 @@ impl Transfer {
         Self { file: 0, kind, durable, offset, len, data }
     }
 
-    /// Whether it changes what is durable only after a flush.
+    /// Whether it writes what is durable only after a flush.
     #[inline(always)]
     pub(super) fn leaves_cached(&self) -> bool {
-        matches!(self.kind, OpKind::Discard | OpKind::WriteZeroes { .. })
-            || self.kind == OpKind::Write && !self.durable
+        matches!(self.kind, OpKind::WriteZeroes { .. }) || self.kind == OpKind::Write && !self.durable
     }
 
     /// Where the range ends, in bytes.

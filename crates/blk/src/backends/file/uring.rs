@@ -47,8 +47,6 @@ struct Reached {
     file: Arc<Opened>,
     align: Option<DirectAlign>,
     lane: Lane,
-    /// Something is in the page cache that no flush has covered.
-    is_cached: bool,
 }
 
 /// One transfer in flight.
@@ -82,18 +80,15 @@ impl Flight {
     }
 }
 
-/// Blocks that transfers in flight have, by slot; empty where none are needed.
-struct Claims(Box<[Option<Claimed>]>);
-
-/// Blocks of a file.
-type Claimed = (Arc<Opened>, Claim);
+/// Blocks that transfers in flight have, by slot, and in which of the files; empty where none are needed.
+struct Claims(Box<[Option<(u8, Claim)>]>);
 
 impl Claims {
     #[inline(always)]
-    fn release(&mut self, slot: usize) {
+    fn release(&mut self, slot: usize, files: &[Reached]) {
         if !self.0.is_empty()
             && let Some((file, claim)) = self.0[slot].take()
-            && let Some(blocks) = &file.blocks
+            && let Some(blocks) = &files[usize::from(file)].file.blocks
         {
             blocks.release(claim);
         }
@@ -104,7 +99,7 @@ impl Drop for Uring {
     fn drop(&mut self) {
         // What storage does not answer may still be written: nobody else gets those blocks.
         if self.ring.finish() {
-            (0..self.claims.0.len()).for_each(|slot| self.claims.release(slot));
+            (0..self.claims.0.len()).for_each(|slot| self.claims.release(slot, &self.files));
         }
     }
 }
@@ -121,6 +116,8 @@ pub(crate) struct Uring {
     bounces_made: usize,
     /// Slots that wait for a bounce buffer, or for blocks.
     waiting: VecDeque<usize>,
+    /// Some of them have not been tried again yet, so nobody tells this thread when blocks are given back.
+    untold: bool,
 }
 
 impl Uring {
@@ -149,12 +146,8 @@ impl Uring {
     /// The rest, on the thread that will use it.
     pub(crate) fn new(parts: Parts, files: &[Arc<Opened>], depth: usize) -> Result<Self, BackendError> {
         let claims = if files.iter().any(|file| file.blocks.is_some()) { depth } else { 0 };
-        let reached = |file: &Arc<Opened>| Reached {
-            file: file.clone(),
-            align: file.align(),
-            lane: Lane::default(),
-            is_cached: false,
-        };
+        let reached =
+            |file: &Arc<Opened>| Reached { file: file.clone(), align: file.align(), lane: Lane::default() };
         Ok(Self {
             ring: Ring::new(parts).map_err(|error| not_made(&files[0], &error))?,
             claims: Claims((0..claims).map(|_| None).collect()),
@@ -165,6 +158,7 @@ impl Uring {
             bounces: Vec::new(),
             bounces_made: 0,
             waiting: VecDeque::new(),
+            untold: false,
         })
     }
 
@@ -223,7 +217,7 @@ impl Uring {
             return self.transfer_bounced(slot, way, chains);
         }
         if way.writes() && !self.claim(slot, offset, len, Need::Shared) {
-            return self.waiting.push_back(slot);
+            return self.wait(slot);
         }
         self.ring.transfer(slot, way, file, offset, pieces);
     }
@@ -235,12 +229,12 @@ impl Uring {
         let Some(Flight { transfer, progress, .. }) = &self.flights[slot] else { return };
         let (Some(align), file) = (self.file(transfer).align, main(transfer.file)) else { return };
         let span = Span::new(align.file, transfer.offset + progress, transfer.len - progress);
-        let Some(bounce) = self.bounce() else { return self.waiting.push_back(slot) };
+        let Some(bounce) = self.bounce() else { return self.wait(slot) };
         let merging = way.writes() && !span.is_whole();
         let need = if merging { Need::Exclusive } else { Need::Shared };
         if way.writes() && !self.claim(slot, span.start, span.len as u64, need) {
             self.bounces.push(bounce);
-            return self.waiting.push_back(slot);
+            return self.wait(slot);
         }
         let mut job = Job { bounce, span, merging };
         if merging {
@@ -283,9 +277,8 @@ impl Uring {
     #[inline(always)]
     fn claim(&mut self, slot: usize, offset: u64, len: u64, need: Need) -> bool {
         let Some(Flight { transfer, .. }) = &self.flights[slot] else { return false };
-        let Reached { file, .. } = self.file(transfer);
-        let Some(blocks) = &file.blocks else { return true };
-        let claim = blocks.claim(offset, len, need).map(|claim| (file.clone(), claim));
+        let Some(blocks) = &self.file(transfer).file.blocks else { return true };
+        let claim = blocks.claim(offset, len, need).map(|claim| (transfer.file, claim));
         let taken = claim.is_some();
         self.claims.0[slot] = claim;
         taken
@@ -301,10 +294,7 @@ impl Uring {
         }
         match kind {
             OpKind::Write => self.transfer(slot, Way::ToFileDurably, chains),
-            _ => {
-                self.files[usize::from(file)].is_cached = false;
-                self.ring.sync(slot, own(file));
-            }
+            _ => self.ring.sync(slot, own(file)),
         }
     }
 
@@ -320,7 +310,7 @@ impl Uring {
         match flight.zero_step(file) {
             Step::Allocate { mode, len } => {
                 if !self.claim(slot, offset, len, Need::Shared) {
-                    return self.waiting.push_back(slot);
+                    return self.wait(slot);
                 }
                 self.ring.allocate(slot, number, mode.bits() as i32, offset, len);
             }
@@ -330,7 +320,7 @@ impl Uring {
                     return self.transfer_bounced(slot, Way::ToFile, chains);
                 }
                 if !self.claim(slot, offset, len, Need::Shared) {
-                    return self.waiting.push_back(slot);
+                    return self.wait(slot);
                 }
                 self.ring.write_constant(slot, number, offset, zeros(len));
             }
@@ -348,11 +338,9 @@ impl Uring {
                 None => return,
             },
         };
-        self.claims.release(slot);
+        self.claims.release(slot, &self.files);
         let Some(flight) = &mut self.flights[slot] else { return };
-        let reached = &mut self.files[usize::from(flight.transfer.file)];
-        reached.is_cached |= reached.align.is_none() && flight.transfer.leaves_cached();
-        let (file, is_cached) = (&reached.file, reached.is_cached);
+        let file = &self.files[usize::from(flight.transfer.file)].file;
         let kind = flight.transfer.kind;
         if kind == OpKind::Flush {
             return self.complete_flush(slot, result, chains, &mut ended);
@@ -382,13 +370,10 @@ impl Uring {
                 if refused || matches!(error, Errno::INTR | Errno::AGAIN) {
                     return self.request(slot, chains);
                 }
+                file.note_failed(&flight.transfer, error);
                 file.report(&flight.transfer, error)
             }
         };
-        if status != Status::Ok && flight.transfer.durable && is_cached {
-            // See the header of `sync`.
-            let _ = file.flushed(Err(Errno::IO));
-        }
         file.keep_cut(&flight.transfer);
         let Transfer { durable, file, data, .. } = flight.transfer;
         self.flights[slot] = None;
@@ -465,6 +450,13 @@ impl Uring {
         }
     }
 
+    /// Has the transfer in `slot` tried again later.
+    #[cold]
+    fn wait(&mut self, slot: usize) {
+        self.waiting.push_back(slot);
+        self.untold = true;
+    }
+
     /// Makes the requests that waited and need not any more.
     #[cold]
     fn retry(&mut self, chains: &Chains) {
@@ -479,6 +471,7 @@ impl Uring {
                 self.request(slot, chains);
             }
         }
+        self.untold = false;
     }
 
     /// Begins a transfer that needs no buffer of its own.
@@ -544,7 +537,7 @@ impl Carrier for Uring {
     }
 
     fn arm(&mut self) -> bool {
-        self.in_flight > 0 && self.ring.arm()
+        self.in_flight > 0 && (self.ring.arm() || self.untold)
     }
 
     fn disarm(&mut self) {
