@@ -19,6 +19,7 @@ mod group;
 pub mod guest;
 pub mod metrics;
 pub mod options;
+mod outlet;
 pub mod report;
 mod run;
 mod service;
@@ -37,6 +38,7 @@ use crate::cli::{Cli, Command};
 use crate::config::{CONFIG_BYTES_MAX, Config};
 use crate::failure::{EXIT_OK, Failure};
 use crate::options::{DeviceOptions, LogLevel, ServiceOptions};
+use crate::outlet::{Lines, Stream};
 
 /// The program, from its command line to its exit code.
 #[must_use]
@@ -48,13 +50,12 @@ pub fn main() -> ExitCode {
             return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(failure::EXIT_USAGE));
         }
     };
-    match run(cli.command) {
-        Ok(code) => ExitCode::from(code),
-        Err(failure) => {
-            let _ = writeln!(io::stderr(), "error: {failure}");
-            ExitCode::from(failure.exit_code())
-        }
-    }
+    let code = run(cli.command).unwrap_or_else(|failure| {
+        Stream::Stderr.line(format!("error: {failure}\n").into_bytes());
+        failure.exit_code()
+    });
+    outlet::end();
+    ExitCode::from(code)
 }
 
 /// Carries out a command; returns the code to exit with.
@@ -112,9 +113,10 @@ fn log_to_stderr(level: LogLevel) {
         LogLevel::Debug => tracing::Level::DEBUG,
         LogLevel::Trace => tracing::Level::TRACE,
     };
+    Stream::Stderr.start();
     // Complaints about a log that nobody reads any more would go the same way, by a print that panics.
     let subscriber = tracing_subscriber::fmt().log_internal_errors(false);
-    let subscriber = subscriber.with_max_level(level).with_writer(io::stderr);
+    let subscriber = subscriber.with_max_level(level).with_writer(|| Lines(Stream::Stderr));
     subscriber.with_ansi(io::stderr().is_terminal()).init();
 }
 

@@ -2,11 +2,12 @@
 //! lines on stdout. Nobody has to listen: a closed stream is no reason to stop serving.
 
 use std::fmt;
-use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 use reactor::{Mode, format_cpus};
 use serde::Serialize;
+
+use crate::outlet::Stream;
 
 /// A device that front ends may connect to.
 #[derive(Clone, Debug, Serialize)]
@@ -95,15 +96,11 @@ pub struct Reporter {
 impl Reporter {
     /// Tells the world.
     pub fn tell(self, event: &Event<'_>) {
-        let _ = if self.json {
-            serde_json::to_string(event).map_err(io::Error::from).and_then(|line| {
-                let mut stdout = io::stdout().lock();
-                writeln!(stdout, "{line}")?;
-                stdout.flush()
-            })
-        } else {
-            writeln!(io::stderr(), "{event}")
-        };
+        if !self.json {
+            Stream::Stderr.line(format!("{event}\n").into_bytes());
+        } else if let Ok(line) = serde_json::to_string(event) {
+            Stream::Stdout.line(format!("{line}\n").into_bytes());
+        }
     }
 }
 

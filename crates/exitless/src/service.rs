@@ -26,8 +26,9 @@ use crate::stop::StopSignals;
 /// What a connected front end takes: its connection, the way to the thread that receives from it, and one region of
 /// memory.
 const CONNECTION_DESCRIPTORS: u64 = 3;
-/// What each queue takes besides what its device does: its kick and its call.
-const QUEUE_DESCRIPTORS: u64 = 2;
+/// What each queue takes besides what its device does: its kick, once more for its thread, its call, its error, and two
+/// duplicates that wake the thread.
+const QUEUE_DESCRIPTORS: u64 = 6;
 const NO_THREAD: &str = "cannot start a thread";
 /// Permissions of a socket unless told otherwise: its owner's.
 const SOCKET_MODE: u32 = 0o600;

@@ -10,6 +10,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use blk::Backend;
 use blk::backends::file::{File, FileOptions, Lock};
@@ -74,6 +75,49 @@ fn a_service_whose_log_nobody_reads_goes_on_serving() {
     }
     kill_process(Pid::from_child(&child), Signal::TERM).unwrap();
     assert_eq!(child.wait().unwrap().code(), Some(0));
+}
+
+/// A pager that is held, a collector that hangs: the pipe is full and stays so.
+#[test]
+fn a_service_whose_output_is_blocked_serves_and_ends() {
+    for json in [false, true] {
+        let scratch = Scratch::new();
+        let socket = scratch.path("disk.sock");
+        let (_reader, blocked) = rustix::pipe::pipe().unwrap();
+        rustix::fs::fcntl_setfl(&blocked, rustix::fs::OFlags::NONBLOCK).unwrap();
+        while rustix::io::write(&blocked, &[0; 4096]).is_ok() {}
+        rustix::fs::fcntl_setfl(&blocked, rustix::fs::OFlags::empty()).unwrap();
+        let mut command = exitless(&["blk", "--socket", &socket, "--backend", "null:1G", "--log", "trace"]);
+        command.stdin(Stdio::null()).stderr(blocked.try_clone().unwrap());
+        if json {
+            command.arg("--json").stdout(blocked);
+        }
+        let mut child = command.spawn().unwrap();
+        let connected = || UnixStream::connect(&socket).ok();
+        let deadline = Instant::now() + LIMIT;
+        let mut front_end = loop {
+            if let Some(front_end) = connected() {
+                break front_end;
+            }
+            assert!(Instant::now() < deadline, "no socket");
+            std::thread::sleep(Duration::from_millis(10));
+        };
+        front_end.set_read_timeout(Some(LIMIT)).unwrap();
+        front_end.write_all(&[1_u32, 1, 0].map(u32::to_ne_bytes).concat()).unwrap();
+        front_end.read_exact(&mut [0; 20]).unwrap();
+        kill_process(Pid::from_child(&child), Signal::TERM).unwrap();
+        let code = loop {
+            if let Some(status) = child.try_wait().unwrap() {
+                break status.code();
+            }
+            if Instant::now() > deadline {
+                child.kill().unwrap();
+                panic!("it does not end, json {json}");
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        };
+        assert_eq!(code, Some(0));
+    }
 }
 
 #[test]

@@ -64,6 +64,14 @@ pub enum MappingError {
         /// Its share of the mappings in this process.
         max: usize,
     },
+    /// Nor for so much.
+    #[error("{len} bytes more would be mapped than the {max_bytes} that one device may have")]
+    QuotaBytes {
+        /// Length in bytes.
+        len: u64,
+        /// Its share of this process's address space, in bytes.
+        max_bytes: u64,
+    },
 }
 
 /// A readable, writable, shared mapping of part of a file. Unmapped when dropped.
@@ -99,7 +107,7 @@ impl Mapping {
     /// # Errors
     /// As for [`Mapping::new`], or the share is used up.
     pub fn within(quota: &Quota, file: impl AsFd, offset: u64, len: u64) -> Result<Self, MappingError> {
-        let place = quota.take()?;
+        let place = quota.take(len)?;
         Self::map(file.as_fd(), offset, len, Some(place))
     }
 

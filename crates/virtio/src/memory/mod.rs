@@ -39,7 +39,7 @@ pub use lease::Lease;
 #[cfg(feature = "std")]
 pub use mapping::{Mapping, MappingError};
 #[cfg(feature = "std")]
-pub use quota::{MAPPINGS_PER_DEVICE_MAX, Quota};
+pub use quota::{MAPPED_BYTES_PER_DEVICE_MAX, MAPPINGS_PER_DEVICE_MAX, Quota};
 pub use segment::{Segment, gather, scatter, total_len};
 pub use translate::Translator;
 
