@@ -1,4 +1,4 @@
-//! What a request costs: a driver on one CPU, a disk's queue on another, 4 KiB random reads.
+//! The cost of a request: a driver on one CPU, a disk's queue on another, 4 KiB random reads.
 //!
 //! `cargo run --release -p exitless-blk --example blk_floor -- [seconds] [split|packed|both] [QD,QD,…] [in-order] [disk]`
 //! where `disk` is a line such as `null:1G` (the default) or `mem:64M`.

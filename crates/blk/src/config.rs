@@ -1,4 +1,4 @@
-//! What the driver is told about the disk: feature bits and configuration space (virtio 1.2, sections 5.2.3, 5.2.4).
+//! The disk as the driver is told of it: feature bits and configuration space (virtio 1.2, sections 5.2.3, 5.2.4).
 
 use crate::backend::Geometry;
 use crate::device::Options;

@@ -1,4 +1,4 @@
-//! What every backend must do, shown for each of them through a whole device.
+//! Duties of every backend, shown for each of them through a whole device.
 #![allow(clippy::unwrap_used, reason = "tests")]
 
 mod fake;
@@ -12,8 +12,8 @@ use blk::backends::qcow2::{Qcow2, Qcow2Options};
 use blk::backends::{memory::Memory, null::Null};
 use blk::{Backend, Blk, Options};
 use fake::{
-    Answer, DISCARD, FLUSH, IN, IO_ERROR, OK, OUT, Rig, Ring, Sent, UNSUPPORTED, WRITE_ZEROES, header,
-    pattern, range,
+    Answer, DISCARD, FLUSH, IN, IO_ERROR, OK, OUT, Random, Rig, Ring, Sent, UNSUPPORTED, WRITE_ZEROES,
+    header, pattern, range,
 };
 use rustix::buffer::spare_capacity;
 use rustix::event::{Timespec, epoll};
@@ -103,18 +103,6 @@ fn cases() -> Vec<Case> {
     cases.push(qcow2_case(env!("CARGO_TARGET_TMPDIR"), Qcow2Options { engine, ..Qcow2Options::default() }));
     cases.push(qcow2_case(env!("CARGO_TARGET_TMPDIR"), direct));
     cases
-}
-
-/// A small generator of test data; the sequence is the same in every run.
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, n: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0 % n
-    }
 }
 
 #[test]

@@ -1,4 +1,4 @@
-//! What is particular to files: sizes, what becomes of one that others change.
+//! Particulars of files: sizes, and changes that others make.
 #![allow(clippy::unwrap_used, reason = "tests")]
 
 mod fake;

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use blk::backends::file::{Direct, Engine, File, FileOptions, Lock};
 use blk::{Backend, Blk, Options};
-use fake::{FLUSH, IN, OK, OUT, Rig, Ring, Sent, WRITE_ZEROES, header, pattern, range};
+use fake::{FLUSH, IN, OK, OUT, Random, Rig, Ring, Sent, WRITE_ZEROES, header, pattern, range};
 use fuse::Failing;
 use virtio::Device;
 
@@ -133,18 +133,6 @@ fn what_is_read_beside_a_write_under_way_does_not_last() {
     let found = rig.read(16, 4096);
     let old = (1..8).filter(|i| found[i * 512..][..512] != data[i * 512..][..512]).count();
     assert!(old == 0 && found[..512] == part, "{old} of the other 7 sectors are old again");
-}
-
-/// A small generator of test data; the sequence is the same in every run.
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, n: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0 % n
-    }
 }
 
 /// A request under way, and what it reads, if it does.

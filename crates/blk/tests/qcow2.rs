@@ -1,4 +1,4 @@
-//! What is particular to qcow2 images.
+//! Particulars of qcow2 images.
 #![allow(clippy::unwrap_used, reason = "tests")]
 
 mod fake;

@@ -14,7 +14,7 @@ use std::sync::Arc;
 
 use blk::backends::file::Engine;
 use blk::backends::qcow2::{Qcow2, Qcow2Options};
-use fake::{DISCARD, FLUSH, OK, OUT, Rig, Ring, Sent, WRITE_ZEROES, format_as, header, range};
+use fake::{DISCARD, FLUSH, OK, OUT, Random, Rig, Ring, Sent, WRITE_ZEROES, format_as, header, range};
 use qcow2::layout::Layout;
 
 /// Sectors of the disk.
@@ -34,17 +34,6 @@ struct Scratch(PathBuf);
 impl Drop for Scratch {
     fn drop(&mut self) {
         let _ = std::fs::remove_file(&self.0);
-    }
-}
-
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, n: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0 % n
     }
 }
 

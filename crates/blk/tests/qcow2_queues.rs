@@ -14,7 +14,7 @@ use std::sync::Arc;
 use blk::backends::file::Engine;
 use blk::backends::qcow2::{Qcow2, Qcow2Options};
 use blk::{Backend, Blk, Options};
-use fake::{DISCARD, FLUSH, IN, OK, OUT, Rig, Ring, Sent, WRITE_ZEROES, format_as, header, range};
+use fake::{DISCARD, FLUSH, IN, OK, OUT, Random, Rig, Ring, Sent, WRITE_ZEROES, format_as, header, range};
 use qcow2::layout::Layout;
 
 const THREADS: u64 = 3;
@@ -37,17 +37,6 @@ impl Scratch {
 impl Drop for Scratch {
     fn drop(&mut self) {
         let _ = std::fs::remove_file(&self.0);
-    }
-}
-
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, n: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0 % n
     }
 }
 

@@ -1,4 +1,4 @@
-//! What can be set: the same on the command line and in a configuration file.
+//! Options: the same on the command line and in a configuration file.
 //!
 //! These structs are the only definition of an option. A flag `--block-size 4096` is the key `block-size = 4096` in
 //! a file, which `config` reads by handing its keys to the parsers defined here.

@@ -1,7 +1,8 @@
 //! Lines on their way to stdout and stderr, which may be pipes that nobody reads.
 //!
 //! A thread of its own writes them, so nobody else waits: no I/O thread for what it logs, and no service that is told to
-//! end for saying so. Lines that do not fit any more are left out and counted.
+//! end for saying so. Lines that do not fit any more are left out, and counted
+//! on stderr.
 
 use std::io::{self, Write};
 use std::sync::OnceLock;

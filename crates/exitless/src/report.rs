@@ -1,4 +1,4 @@
-//! What a service says about itself: that it is ready, and that it ends. For people on stderr, for machines as JSON
+//! News of a service about itself: that it is ready, and that it ends. For people on stderr, for machines as JSON
 //! lines on stdout. Nobody has to listen: a closed stream is no reason to stop serving.
 
 use std::fmt;

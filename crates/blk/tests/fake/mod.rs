@@ -18,6 +18,19 @@ use virtio::memory::{Area, GuestAddr};
 use virtio::ring::Buffer;
 use virtio::{Device, Queue, QueueConfig, QueueHandle, RingFormat};
 
+/// A small generator of test data; the sequence is the same in every run.
+pub struct Random(pub u64);
+
+impl Random {
+    /// A number below `n`.
+    pub fn below(&mut self, n: u64) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0 % n
+    }
+}
+
 pub const BUDGET: Budget = Budget { requests: 256, bytes: 1 << 30 };
 pub const MEMORY_BYTES: u64 = 64 << 20;
 /// The limit for what must happen at once on a machine with nothing else to do.

@@ -1,4 +1,4 @@
-//! What control threads do with an image, which may wait: in place, like a queue of its own.
+//! Work of control threads on an image, which may wait: in place, like a queue of its own.
 
 use std::os::fd::AsFd;
 use std::sync::Arc;

@@ -1,4 +1,4 @@
-//! What a thread has under way for an image: a table of jobs, whose numbers are those of their transfers.
+//! Work that a thread has under way for an image: a table of jobs, whose numbers are those of their transfers.
 
 use qcow2::engine::{GrantId, IoId};
 use qcow2::entry::Compressed;

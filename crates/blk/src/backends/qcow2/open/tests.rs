@@ -1,4 +1,4 @@
-//! What becomes of an image while it is opened.
+//! Changes to an image while it is opened.
 #![allow(clippy::unwrap_used, reason = "a test that cannot be set up has failed")]
 
 use std::os::unix::fs::FileExt;
